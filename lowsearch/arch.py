@@ -281,11 +281,10 @@ class Arch:
             if channels % stage.down_groups or hidden % stage.down_groups:
                 raise InvalidArchError(f"stage {number}: down_groups {stage.down_groups} does not divide {channels} and {hidden} channels")
             channels = stage.width
-            tokens_px = -(-self.stage_px(number) // stage.attention.stride) if stage.attention else None
-            if tokens_px is not None and tokens_px < 2:
-                raise InvalidArchError(
-                    f"stage {number}: attention on one token ({self.stage_px(number)} px map at stride {stage.attention and stage.attention.stride})"
-                )
+            if stage.attention is not None:
+                px, stride = self.stage_px(number), stage.attention.stride
+                if -(-px // stride) < 2:
+                    raise InvalidArchError(f"stage {number}: attention on one token ({px} px map at stride {stride})")
 
     @property
     def total_stride(self) -> int:
@@ -323,8 +322,8 @@ class Arch:
         stages = fields.get("stages")
         if not isinstance(stages, list | tuple):
             raise InvalidArchError(f"architecture: stages is {stages!r}, expected a list of {N_STAGES} stages")
-        fields["stages"] = tuple(_stage_from_dict(s, f"stage {i}") for i, s in enumerate(stages, start=1))
-        fields["stem"] = _from_fields(Stem, _mapping(fields.get("stem"), "stem"), "stem")
+        fields["stages"] = tuple(stage_from_dict(s, f"stage {i}") for i, s in enumerate(stages, start=1))
+        fields["stem"] = stem_from_dict(fields.get("stem"))
         if "head_widths" in fields:
             widths = fields["head_widths"]
             if not isinstance(widths, list | tuple) or not all(isinstance(w, int) and not isinstance(w, bool) for w in widths):
@@ -390,6 +389,19 @@ def conv_branch(number: int, stage_px: int, stage: Stage) -> ConvBranch:
     )  # fmt: skip
 
 
+def stem_from_dict(values: object, where: str = "stem") -> Stem:
+    """A Stem from its fields; those left out hold their default. Raises InvalidArchError, its message opening with `where`."""
+    return _from_fields(Stem, _mapping(values, where), where)
+
+
+def stage_from_dict(values: object, where: str = "stage") -> Stage:
+    """A Stage from its fields; those left out hold their default. Raises InvalidArchError, its message opening with `where`."""
+    fields = dict(_mapping(values, where))
+    if fields.get("attention") is not None:
+        fields["attention"] = _from_fields(Attention, _mapping(fields["attention"], f"{where}: attention"), f"{where}: attention")
+    return _from_fields(Stage, fields, where)
+
+
 @cache
 def _named_blocks(arch: Arch) -> tuple[tuple[str, Block], ...]:
     blocks: list[tuple[str, Block]] = [("stem.conv", stem_conv(arch.resolution_px, arch.stem))]
@@ -407,13 +419,6 @@ def _named_blocks(arch: Arch) -> tuple[tuple[str, Block], ...]:
         linear_width=arch.head_widths[1], num_classes=arch.num_classes,
     )  # fmt: skip
     return (*blocks, ("head", head))
-
-
-def _stage_from_dict(values: object, where: str) -> Stage:
-    fields = dict(_mapping(values, where))
-    if fields.get("attention") is not None:
-        fields["attention"] = _from_fields(Attention, _mapping(fields["attention"], f"{where}: attention"), f"{where}: attention")
-    return _from_fields(Stage, fields, where)
 
 
 def _mapping(values: object, where: str) -> Mapping[str, Any]:
