@@ -76,6 +76,7 @@ PRESETS: dict[str, Arch] = {
 def preset(name: str) -> Arch:
     """The published network `name`, at 224 px and 1000 classes. Raises UsageError naming the known presets."""
     if name not in PRESETS:
-        close = get_close_matches(name, PRESETS, n=1)
-        raise UsageError(f"unknown preset {name!r}", hint=f"did you mean {close[0]}?" if close else f"known: {', '.join(PRESETS)}")
+        close = get_close_matches(name, PRESETS, n=1, cutoff=0.85)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"unknown preset {name!r}", hint=f"{meant}known: {', '.join(PRESETS)}")
     return PRESETS[name]
