@@ -1,0 +1,177 @@
+"""What a study searches for: objectives (`acc-latency`) and limits (`--max latency_ms=3`), each with a metric, a unit, a direction.
+
+This is the one place where values become costs: minimised, and on the scale that hypervolume is measured on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lowsearch.errors import UsageError
+from lowsearch.search.pareto import MAX_OBJECTIVES
+
+Metric = Literal["accuracy", "latency_ms", "macs", "params"]
+Direction = Literal["maximize", "minimize"]
+"""Optuna's spelling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """One thing to improve."""
+
+    name: str
+    """As typed in `--objective`."""
+    metric: Metric
+    """Column of candidates.csv that holds it."""
+    direction: Direction
+    unit: str
+    log: bool
+    """Whether its cost is the natural logarithm: a gain of 1 % of the latency counts the same everywhere on the front."""
+
+    def cost(self, values: np.ndarray) -> np.ndarray:
+        """`values` as costs to minimise, same shape."""
+        array = np.asarray(values, dtype=float)
+        if self.log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                array = np.log(array)
+        return -array if self.direction == "maximize" else array
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "acc": Objective(name="acc", metric="accuracy", direction="maximize", unit="fraction correct", log=False),
+    "latency": Objective(name="latency", metric="latency_ms", direction="minimize", unit="ms", log=True),
+    "macs": Objective(name="macs", metric="macs", direction="minimize", unit="multiply-adds", log=True),
+    "params": Objective(name="params", metric="params", direction="minimize", unit="weights", log=True),
+}
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Two or three objectives; accuracy first where it is one, so that the uncertain column is column 0 of every cost array."""
+
+    members: tuple[Objective, ...]
+
+    def __iter__(self) -> Iterator[Objective]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __str__(self) -> str:
+        return "-".join(o.name for o in self.members)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(o.metric for o in self.members)
+
+    @property
+    def directions(self) -> list[Direction]:
+        return [o.direction for o in self.members]
+
+    def costs(self, values: Mapping[Metric, np.ndarray] | np.ndarray) -> np.ndarray:
+        """Costs (n, k) of values given by metric, or as an array (n, k) in the order of the objectives."""
+        if isinstance(values, Mapping):
+            return np.stack([o.cost(values[o.metric]) for o in self.members], axis=1)
+        array = np.asarray(values, dtype=float).reshape(-1, len(self.members))
+        return np.stack([o.cost(array[:, j]) for j, o in enumerate(self.members)], axis=1)
+
+
+def parse_objectives(text: str) -> Objectives:
+    """`acc-latency` as Objectives. Raises UsageError on an unknown, repeated or single name."""
+    known = ", ".join(OBJECTIVES)
+    names = text.split("-")
+    for name in names:
+        if name not in OBJECTIVES:
+            near = difflib.get_close_matches(name.lower(), [*OBJECTIVES, "accuracy"], n=1)
+            guess = {"accuracy": "acc"}.get(near[0], near[0]) if near else None
+            raise UsageError(
+                f"unknown objective {name!r} in {text!r}; known: {known}",
+                hint=f"write {guess!r} for {name!r}" if guess else "join names by '-', as in --objective acc-latency",
+            )
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UsageError(
+            f"objective {repeated[0]!r} stands twice in {text!r}", hint=f"name it once: --objective {'-'.join(dict.fromkeys(names))}"
+        )
+    if len(names) == 1:
+        other = "latency" if text != "latency" else "acc"
+        raise UsageError(
+            f"one objective alone, {text!r}, has a best network but no front; expected two or three",
+            hint=f"--objective {text}-{other}, or a limit with --max or --min",
+        )
+    if len(names) > MAX_OBJECTIVES:
+        raise UsageError(
+            f"{len(names)} objectives in {text!r}, expected at most {MAX_OBJECTIVES}",
+            hint="turn one of them into a limit with --max or --min",
+        )
+    return Objectives(tuple(sorted((OBJECTIVES[n] for n in names), key=lambda o: o.name != "acc")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A bound that every candidate has to keep."""
+
+    metric: Metric
+    bound: float
+    side: Literal["max", "min"]
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'<=' if self.side == 'max' else '>='} {self.bound:g}"
+
+    def excess(self, values: np.ndarray) -> np.ndarray:
+        """How far `values` break the bound, in the metric's unit; 0 or less where they keep it."""
+        array = np.asarray(values, dtype=float)
+        return array - self.bound if self.side == "max" else self.bound - array
+
+
+METRICS: tuple[Metric, ...] = ("accuracy", "latency_ms", "macs", "params")
+_ALIASES: dict[str, Metric] = {"acc": "accuracy", "val_accuracy": "accuracy", "latency": "latency_ms", "flops": "macs"}
+
+
+def parse_limits(*, maxima: Iterable[str] = (), minima: Iterable[str] = ()) -> tuple[Limit, ...]:
+    """`--max` and `--min` values, each `METRIC=NUMBER`, as limits. Raises UsageError on malformed, repeated and contradicting ones."""
+    limits = [_parse_limit(text, "max") for text in maxima] + [_parse_limit(text, "min") for text in minima]
+    kept: dict[tuple[str, str], Limit] = {}
+    for limit in limits:
+        if (limit.metric, limit.side) in kept:
+            raise UsageError(f"--{limit.side} {limit.metric} is given twice", hint="keep the one that is meant")
+        kept[limit.metric, limit.side] = limit
+    for metric in METRICS:
+        low, high = kept.get((metric, "min")), kept.get((metric, "max"))
+        if low and high and low.bound > high.bound:
+            raise UsageError(f"no {metric} is at least {low.bound:g} and at most {high.bound:g}", hint="swap the bounds or drop one")
+    return tuple(sorted(kept.values(), key=lambda x: (METRICS.index(x.metric), x.side)))
+
+
+def _parse_limit(text: str, side: Literal["max", "min"]) -> Limit:
+    example = "--min accuracy=0.8" if side == "min" else "--max latency_ms=3"
+    name, equals, number = text.partition("=")
+    name = name.strip()
+    if not equals or not name or not number.strip():
+        raise UsageError(f"--{side} {text!r} is not METRIC=NUMBER", hint=f"for example {example}")
+    if name not in METRICS:
+        near = difflib.get_close_matches(name.lower(), [*METRICS, *_ALIASES], n=1)
+        guess = _ALIASES.get(near[0], near[0]) if near else None
+        raise UsageError(
+            f"--{side} {text!r}: unknown metric {name!r}; known: {', '.join(METRICS)}",
+            hint=f"--{side} {guess}={number}" if guess else f"for example {example}",
+        )
+    try:
+        bound = float(number)
+    except ValueError:
+        bound = math.nan
+    if not math.isfinite(bound):
+        unit = " (the number alone, without its unit)" if any(c.isdigit() for c in number) else ""
+        raise UsageError(f"--{side} {text!r}: {number!r} is not a number{unit}", hint=f"for example {example}")
+    if name == "accuracy" and not 0 <= bound <= 1:
+        hint = f"--{side} accuracy={bound / 100:g}" if 1 < bound <= 100 else f"for example {example}"
+        raise UsageError(f"--{side} {text!r}: accuracy is a fraction from 0 to 1", hint=hint)
+    if name != "accuracy" and bound <= 0:
+        raise UsageError(f"--{side} {text!r}: {name} is positive", hint=f"for example {example}")
+    return Limit(metric=name, bound=bound, side=side)

@@ -1,0 +1,110 @@
+"""`--objective`, `--max` and `--min` as typed, and values turned into costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lowsearch.errors import UsageError
+from lowsearch.search.objectives import Limit, Objectives, parse_limits, parse_objectives
+
+
+def test_names_joined_by_dashes_become_objectives_with_direction_and_unit():
+    objectives = parse_objectives("acc-latency-params")
+    assert objectives.metrics == ("accuracy", "latency_ms", "params")
+    assert objectives.directions == ["maximize", "minimize", "minimize"]
+    assert [o.unit for o in objectives] == ["fraction correct", "ms", "weights"]
+    assert str(objectives) == "acc-latency-params"
+
+
+def test_accuracy_comes_first_wherever_it_is_typed():
+    assert str(parse_objectives("latency-acc")) == "acc-latency"
+    assert str(parse_objectives("params-latency")) == "params-latency"
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("acc-speed", "unknown objective 'speed'", "--objective acc-latency"),
+        ("accuracy-latency", "unknown objective 'accuracy'", "write 'acc'"),
+        ("acc-latencyy", "unknown objective 'latencyy'", "write 'latency'"),
+        ("acc-Latency", "unknown objective 'Latency'", "write 'latency'"),
+        ("acc-acc", "stands twice", "name it once"),
+        ("acc-latency-acc", "stands twice", "acc-latency"),
+        ("acc", "one objective alone", "--objective acc-latency"),
+        ("latency", "one objective alone", "--objective latency-acc"),
+        ("acc-latency-macs-params", "4 objectives", "limit"),
+        ("", "unknown objective ''", "join names"),
+        ("acc-", "unknown objective ''", "join names"),
+        ("acc latency", "unknown objective 'acc latency'", ""),
+    ],
+)
+def test_malformed_objectives_are_refused_with_a_hint(text, message, hint):
+    with pytest.raises(UsageError) as caught:
+        parse_objectives(text)
+    assert message in caught.value.message
+    assert caught.value.hint and hint in caught.value.hint
+
+
+def test_costs_are_minimised_with_latency_in_log_ms():
+    objectives = parse_objectives("acc-latency")
+    by_name = objectives.costs({"accuracy": np.array([0.9, 0.5]), "latency_ms": np.array([1.0, np.e])})
+    assert by_name == pytest.approx(np.array([[-0.9, 0.0], [-0.5, 1.0]]))
+    assert objectives.costs(np.array([[0.9, 1.0], [0.5, np.e]])) == pytest.approx(by_name)
+
+
+@pytest.mark.parametrize("text", ["acc-latency", "acc-macs-params", "latency-params"])
+def test_a_better_value_has_a_lower_cost_in_its_column_only(text):
+    objectives: Objectives = parse_objectives(text)
+    value = np.full((1, len(objectives)), 0.5)
+    for j, objective in enumerate(objectives):
+        better = value.copy()
+        better[0, j] = 0.6 if objective.direction == "maximize" else 0.4
+        difference = objectives.costs(better) - objectives.costs(value)
+        assert difference[0, j] < 0
+        assert not np.delete(difference[0], j).any()
+
+
+def test_limits_are_parsed_in_one_order_whatever_was_typed_first():
+    one = parse_limits(maxima=["params=2e6", "latency_ms=3"], minima=["accuracy=0.8"])
+    other = parse_limits(maxima=["latency_ms=3.0", "params=2000000"], minima=["accuracy=.80"])
+    assert one == other
+    assert [str(limit) for limit in one] == ["accuracy >= 0.8", "latency_ms <= 3", "params <= 2e+06"]
+
+
+def test_excess_is_the_distance_beyond_the_bound():
+    assert Limit(metric="latency_ms", bound=3.0, side="max").excess(np.array([2.5, 3.0, 4.0])) == pytest.approx([-0.5, 0.0, 1.0])
+    assert Limit(metric="accuracy", bound=0.8, side="min").excess(np.array([0.9, 0.7])) == pytest.approx([-0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("maxima", "minima", "message"),
+    [
+        (["latency_ms"], [], "is not METRIC=NUMBER"),
+        (["latency_ms="], [], "is not METRIC=NUMBER"),
+        (["=3"], [], "is not METRIC=NUMBER"),
+        (["latency_ms<=3"], [], "unknown metric 'latency_ms<'"),
+        (["latency=3"], [], "unknown metric 'latency'"),
+        (["speed=3"], [], "unknown metric 'speed'"),
+        (["latency_ms=fast"], [], "'fast' is not a number"),
+        (["latency_ms=3ms"], [], "without its unit"),
+        (["latency_ms=nan"], [], "is not a number"),
+        (["latency_ms=inf"], [], "is not a number"),
+        (["latency_ms=-3"], [], "latency_ms is positive"),
+        (["params=0"], [], "params is positive"),
+        ([], ["accuracy=80"], "accuracy is a fraction"),
+        ([], ["accuracy=-0.1"], "accuracy is a fraction"),
+        (["macs=1e6", "macs=2e6"], [], "given twice"),
+        (["latency_ms=1"], ["latency_ms=2"], "no latency_ms is at least 2 and at most 1"),
+    ],
+)
+def test_malformed_limits_are_refused_with_a_hint(maxima, minima, message):
+    with pytest.raises(UsageError) as caught:
+        parse_limits(maxima=maxima, minima=minima)
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_percentage_is_answered_with_the_fraction_that_was_meant():
+    with pytest.raises(UsageError, match=r"--min accuracy=0\.8"):
+        parse_limits(minima=["accuracy=80"])

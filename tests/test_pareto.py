@@ -1,0 +1,126 @@
+"""Non-dominated sets, hypervolume and the expected gain against brute force and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from lowsearch.search import pareto
+
+DIMENSIONS = [2, 3]
+
+
+def brute_force_front(costs):
+    def dominates(a, b):
+        return (a <= b).all() and (a < b).any()
+
+    return np.array([not any(dominates(other, point) for other in costs) for point in costs])
+
+
+def inclusion_exclusion(costs, reference):
+    """Hypervolume as a union of boxes: sum over subsets, odd ones added, even ones taken away."""
+    inside = [c for c in costs if (c < reference).all()]
+    total = 0.0
+    for size in range(1, len(inside) + 1):
+        for subset in itertools.combinations(inside, size):
+            total += (-1) ** (size + 1) * np.prod(reference - np.max(subset, axis=0))
+    return total
+
+
+@pytest.mark.parametrize("k", DIMENSIONS)
+@pytest.mark.parametrize("seed", range(5))
+def test_front_equals_brute_force(k, seed):
+    costs = np.random.default_rng(seed).integers(0, 12, size=(60, k)).astype(float)
+    costs = np.unique(costs, axis=0)
+    assert (pareto.non_dominated(costs) == brute_force_front(costs)).all()
+
+
+def test_of_equal_points_the_first_stays_on_the_front():
+    assert pareto.non_dominated(np.array([[1.0, 2], [1, 2], [2, 1]])).tolist() == [True, False, True]
+
+
+def test_points_that_are_not_finite_are_never_on_the_front():
+    costs = np.array([[np.nan, 0.0], [-np.inf, 0.0], [1.0, 1.0]])
+    assert pareto.non_dominated(costs).tolist() == [False, False, True]
+
+
+def test_front_of_nothing_is_nothing():
+    assert pareto.non_dominated(np.empty((0, 2))).tolist() == []
+    assert pareto.hypervolume(np.empty((0, 2)), np.array([1.0, 1.0])) == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 300])
+def test_hypervolume_of_a_staircase_is_its_closed_form(n):
+    i = np.arange(n)
+    staircase = np.stack([i, n - 1 - i], axis=1).astype(float)
+    # Row by row from the bottom, step i covers n - i cells of the grid up to (n, n).
+    assert pareto.hypervolume(staircase, np.array([n, n])) == pytest.approx(n * (n + 1) / 2)
+    assert pareto.contributions(staircase, np.array([n, n])) == pytest.approx(np.ones(n))
+
+
+@pytest.mark.parametrize("k", DIMENSIONS)
+@pytest.mark.parametrize("seed", range(4))
+def test_hypervolume_and_contributions_equal_inclusion_exclusion(k, seed):
+    costs = np.random.default_rng(seed).normal(size=(9, k))
+    reference = np.full(k, 0.8)
+    volume = inclusion_exclusion(costs, reference)
+    assert pareto.hypervolume(costs, reference) == pytest.approx(volume)
+    front = costs[pareto.non_dominated(costs)]
+    lost = [inclusion_exclusion(front, reference) - inclusion_exclusion(np.delete(front, i, 0), reference) for i in range(len(front))]
+    assert pareto.contributions(front, reference) == pytest.approx(np.array(lost))
+
+
+def test_points_beyond_the_reference_count_for_nothing():
+    costs = np.array([[0.0, 0.0], [-5.0, 2.0], [2.0, -5.0]])
+    assert pareto.hypervolume(costs, np.array([1.0, 1.0])) == pytest.approx(1.0)
+    assert pareto.contributions(costs, np.array([1.0, 1.0])) == pytest.approx([1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("k", DIMENSIONS)
+@pytest.mark.parametrize("n_front", [0, 1, 7, 25])
+def test_certain_gain_is_the_difference_of_two_hypervolumes(k, n_front):
+    rng = np.random.default_rng(n_front)
+    front, candidates, reference = rng.normal(size=(n_front, k)), rng.normal(size=(40, k)), np.full(k, 1.0)
+    gains = pareto.expected_gain(candidates, np.zeros(40), front, reference)
+    before = pareto.hypervolume(front, reference)
+    truth = [pareto.hypervolume(np.vstack([front, c]), reference) - before for c in candidates]
+    assert gains == pytest.approx(np.array(truth), abs=1e-12)
+
+
+@pytest.mark.parametrize("k", DIMENSIONS)
+def test_expected_gain_is_the_mean_over_the_uncertain_cost(k):
+    rng = np.random.default_rng(1)
+    front, candidates, reference = rng.normal(size=(8, k)), rng.normal(size=(6, k)), np.full(k, 1.5)
+    std = np.array([0.0, 0.05, 0.2, 0.5, 1.0, 2.0])
+    gains = pareto.expected_gain(candidates, std, front, reference)
+    quantiles = norm.ppf((np.arange(4000) + 0.5) / 4000)  # a stratified sample of the normal distribution
+    for candidate, s, gain in zip(candidates, std, gains, strict=True):
+        draws = np.repeat(candidate[None], 4000, axis=0)
+        draws[:, 0] += s * quantiles
+        assert gain == pytest.approx(pareto.expected_gain(draws, np.zeros(4000), front, reference).mean(), rel=2e-3, abs=2e-5)
+
+
+def test_expected_gain_never_falls_as_the_uncertainty_grows():
+    rng = np.random.default_rng(2)
+    front, candidates, reference = rng.normal(size=(10, 2)), rng.normal(size=(200, 2)), np.array([1.0, 1.0])
+    gains = [pareto.expected_gain(candidates, np.full(200, s), front, reference) for s in (0.0, 0.1, 0.5, 1.0)]
+    for less, more in itertools.pairwise(gains):
+        assert (more >= less - 1e-12).all()
+
+
+def test_greedy_subset_is_the_best_subset_of_a_small_set_within_its_bound():
+    rng = np.random.default_rng(3)
+    costs, reference = rng.normal(size=(10, 2)), np.array([1.5, 1.5])
+    chosen = pareto.greedy_subset(costs, reference, 3)
+    best = max(pareto.hypervolume(costs[list(s)], reference) for s in itertools.combinations(range(10), 3))
+    assert len(set(chosen)) == 3
+    assert pareto.hypervolume(costs[chosen], reference) >= (1 - 1 / np.e) * best
+
+
+def test_greedy_subset_stops_where_nothing_adds_volume():
+    costs = np.array([[0.0, 0.0], [0.5, 0.5], [0.0, 0.0], [3.0, 3.0]])
+    assert pareto.greedy_subset(costs, np.array([1.0, 1.0]), 4) == [0]
+    assert pareto.greedy_subset(costs, np.array([1.0, 1.0]), 4, given=np.array([[-1.0, -1.0]])) == []
