@@ -46,6 +46,10 @@ class ParityError(LowsearchError):
     """A runtime whose output differs from torch's: its time must not enter a table."""
 
 
+class CheckpointError(LowsearchError):
+    """Weights that are missing, damaged, or do not fit the network; the message names the key at fault."""
+
+
 class DataError(LowsearchError):
     """A data set that cannot be read or does not fit the task."""
 

@@ -59,31 +59,25 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-class Conv(nn.Conv2d):
-    """Convolution without BatchNorm's shift in size: ceil(size / stride) for every kernel.
+def conv2d(c_in: int, c_out: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+    """Convolution to ceil(size / stride), odd kernels padded evenly. A 2x2 kernel needs `pad_for` before it."""
+    return nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2 if kernel % 2 else 0, groups=groups, bias=bias)
 
-    Kernel 2 pads with zeros on the left and top at stride 1, and on the right and bottom to an even size at stride 2 (CPUBone).
-    """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool = False) -> None:
-        padding = kernel // 2 if kernel % 2 else 0
-        super().__init__(c_in, c_out, kernel, stride=stride, padding=padding, groups=groups, bias=bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.kernel_size == (2, 2):
-            if self.stride == (1, 1):
-                input = F.pad(input, (1, 0, 1, 0))
-            else:
-                pad_h, pad_w = input.shape[-2] % 2, input.shape[-1] % 2
-                if pad_h or pad_w:
-                    input = F.pad(input, (0, pad_w, 0, pad_h))
-        return super().forward(input)
+def pad_for(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`x` with the zeros that a 2x2 convolution needs: left and top at stride 1, right and bottom to an even size at stride 2 (CPUBone)."""
+    if conv.kernel_size != (2, 2):
+        return x
+    if conv.stride == (1, 1):
+        return F.pad(x, (1, 0, 1, 0))
+    pad_h, pad_w = x.shape[-2] % 2, x.shape[-1] % 2
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
 
 class StemConvModule(nn.Module):
     def __init__(self, block: StemConv) -> None:
         super().__init__()
-        self.conv = Conv(3, block.out_channels, 3, stride=block.stride)
+        self.conv = conv2d(3, block.out_channels, 3, stride=block.stride)
         self.norm = nn.BatchNorm2d(block.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,14 +101,14 @@ class FusedMBConv(nn.Module):
     ) -> None:
         super().__init__()
         hidden = c_in * expansion
-        self.expand = Conv(c_in, hidden, kernel, stride=stride, groups=groups, bias=bias)
+        self.expand = conv2d(c_in, hidden, kernel, stride=stride, groups=groups, bias=bias)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.project = Conv(hidden, c_out, 1)
+        self.project = conv2d(hidden, c_out, 1)
         self.project_norm = nn.BatchNorm2d(c_out)
         self.drop_path = DropPath() if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.hardswish(self.expand_norm(self.expand(x)))
+        y = F.hardswish(self.expand_norm(self.expand(pad_for(self.expand, x))))
         y = self.project_norm(self.project(y))
         return y if self.drop_path is None else x + self.drop_path(y)
 
@@ -136,15 +130,15 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         hidden = c_in * expansion
-        self.expand = Conv(c_in, hidden, 1, groups=groups, bias=bias)
-        self.depthwise = Conv(hidden, hidden, kernel, stride=stride, groups=hidden, bias=bias)
-        self.project = Conv(hidden, c_out, 1)
+        self.expand = conv2d(c_in, hidden, 1, groups=groups, bias=bias)
+        self.depthwise = conv2d(hidden, hidden, kernel, stride=stride, groups=hidden, bias=bias)
+        self.project = conv2d(hidden, c_out, 1)
         self.project_norm = nn.BatchNorm2d(c_out)
         self.drop_path = DropPath() if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.hardswish(self.expand(x))
-        y = F.hardswish(self.depthwise(y))
+        y = F.hardswish(self.depthwise(pad_for(self.depthwise, y)))
         y = self.project_norm(self.project(y))
         return y if self.drop_path is None else x + self.drop_path(y)
 
@@ -158,13 +152,13 @@ class LowtentionModule(nn.Module):
         self.heads = block.heads
         self.head_dim = block.head_dim
         self.norm = nn.GroupNorm(1, c) if block.norm else None
-        self.depthwise = Conv(c, c, block.kernel, stride=s, groups=c)
+        self.depthwise = conv2d(c, c, block.kernel, stride=s, groups=c)
         self.depthwise_norm = nn.BatchNorm2d(c)
-        self.qkv = Conv(c, 3 * inner, 1)
+        self.qkv = conv2d(c, 3 * inner, 1)
         # Kernel and padding that make the output exactly `stride` times as large.
         kernel, padding = (2 * s, s // 2) if s > 1 else (3, 1)
         fused = block.projection == "fused"
-        self.project = None if fused else Conv(inner, c, 1, bias=True)
+        self.project = None if fused else conv2d(inner, c, 1, bias=True)
         self.upsample = (
             None
             if block.projection == "nearest"
@@ -176,7 +170,7 @@ class LowtentionModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         y = x if self.norm is None else self.norm(x)
-        y = self.qkv(self.depthwise_norm(self.depthwise(y)))
+        y = self.qkv(self.depthwise_norm(self.depthwise(pad_for(self.depthwise, y))))
         y = self._attend(y)
         if self.project is not None:
             y = self.project(y)
@@ -206,8 +200,8 @@ class MlpModule(nn.Module):
         super().__init__()
         hidden = block.channels * block.ratio
         self.norm = nn.GroupNorm(1, block.channels)
-        self.expand = Conv(block.channels, hidden, 1, bias=True)
-        self.project = Conv(hidden, block.channels, 1, bias=True)
+        self.expand = conv2d(block.channels, hidden, 1, bias=True)
+        self.project = conv2d(hidden, block.channels, 1, bias=True)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath()
 
@@ -219,7 +213,7 @@ class MlpModule(nn.Module):
 class HeadModule(nn.Module):
     def __init__(self, block: Head) -> None:
         super().__init__()
-        self.conv = Conv(block.channels, block.conv_width, 1)
+        self.conv = conv2d(block.channels, block.conv_width, 1)
         self.conv_norm = nn.BatchNorm2d(block.conv_width)
         self.linear = nn.Linear(block.conv_width, block.linear_width, bias=False)
         self.linear_norm = nn.LayerNorm(block.linear_width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lowsearch.arch import N_STAGES, Arch
 from lowsearch.model.blocks import DropPath, build_block, init_weights
+from lowsearch.model.pretrained import load_pretrained
 
 
 class LowFormer(nn.Module):
@@ -61,14 +63,16 @@ def build_model(
     arch: Arch,
     *,
     num_classes: int | None = None,
+    pretrained: str | Path | None = None,
     seed: int | None = None,
     drop_path: float = 0.0,
     mlp_dropout: float = 0.0,
 ) -> LowFormer:
     """Network of `arch` on the CPU, initialised for training: every residual branch starts as the identity.
 
-    `num_classes` replaces that of `arch`. `seed` makes the initial weights reproducible; None draws them from torch's global
-    generator. `mlp_dropout` is 0.1 in CPUBone's recipe.
+    `num_classes` replaces that of `arch`. `pretrained`: "timm" for the published weights of a preset, or a checkpoint (ours, timm's or
+    the authors'); it must fit exactly, but for the classifier where `num_classes` asks for another number of classes. `seed` makes the
+    initial weights reproducible; None draws them from torch's global generator. `mlp_dropout` is 0.1 in CPUBone's recipe.
     """
     if num_classes is not None:
         arch = dataclasses.replace(arch, num_classes=num_classes)
@@ -76,6 +80,8 @@ def build_model(
         model = LowFormer(arch, drop_path=drop_path, mlp_dropout=mlp_dropout)
     model.to_empty(device="cpu")
     init_weights(model, generator=None if seed is None else torch.Generator().manual_seed(seed))
+    if pretrained is not None:
+        load_pretrained(model, pretrained, replace_classifier=num_classes is not None)
     return model
 
 
