@@ -1,0 +1,291 @@
+"""Measuring, seen from the process that wants numbers: it starts fresh worker processes and collects what they time.
+
+The protocol (docs/measurement.md): every block or network is timed in `processes` fresh processes, in each over `rounds` rounds that
+are interleaved with its neighbours in shuffled order. A round's number is the 25th percentile of its samples, a process's the median
+of its rounds, the latency the mean of the processes. Nothing here imports torch: networks run in the workers (worker.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lowsearch
+from lowsearch import cost, errors
+from lowsearch.arch import Arch, Block, block_from_dict, block_to_dict
+from lowsearch.errors import DeviceError, LowsearchError
+from lowsearch.latency.target import Device, Target, require_attached
+
+Item = Block | Arch
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, label) after every step of a long job."""
+
+BLOCKS_PER_STEP = 24
+BYTES_PER_STEP = 400 << 20
+"""Weights of the networks that are interleaved with each other; a runtime may hold them three times over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How often things are timed. The defaults resolve about 1 % on a virtual machine with other work on it."""
+
+    processes: int = 2
+    rounds: int = 3
+    warmups: int = 3
+    """Untimed calls before the samples of every round."""
+    sample_ms: float = 0.2
+    """A sample repeats a short call for about this long: it must be long beside a reading of the clock (0.5 us)."""
+    round_ms: float = 3.0
+    """Time for the hot samples of one round, within the two limits on their number."""
+    min_samples: int = 3
+    max_samples: int = 9
+    cold_samples: int = 4
+    """Single calls of a block after a flush of the caches, each round."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}, expected a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What one worker process is asked to do: the steps in order, the items of a step interleaved with each other."""
+
+    target: Target
+    process: int
+    seed: int
+    effort: Effort
+    steps: tuple[tuple[Item, ...], ...]
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(dataclasses.replace(self, steps=()))
+        return json.dumps({**values, "steps": [[item_to_dict(item) for item in step] for step in self.steps]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        values = json.loads(text)
+        return cls(
+            target=Target.from_dict(values["target"]), process=values["process"], seed=values["seed"], effort=Effort(**values["effort"]),
+            steps=tuple(tuple(item_from_dict(item) for item in step) for step in values["steps"]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What one process measured of one item: a number for every round."""
+
+    item: Item
+    process: int
+    hot_ms: tuple[float, ...]
+    cold_ms: tuple[float, ...] = ()
+    """Empty for whole networks: they are measured as they are called, back to back."""
+    wall_over_cpu: float = 1.0
+    """Wall time over the statistic, in sum over the hot samples."""
+    load_average: float | None = None
+    parity: float = 0.0
+    """Largest difference from torch's output, as a share of the largest output."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "item"}
+        return {**item_to_dict(self.item), **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Timing:
+        fields = {name: value for name, value in values.items() if name not in ("block", "arch")}
+        fields["hot_ms"], fields["cold_ms"] = tuple(fields["hot_ms"]), tuple(fields["cold_ms"])
+        return cls(item=item_from_dict(values), **fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkLatency:
+    """Measured latency of one whole network."""
+
+    arch: Arch
+    latency_ms: float
+    samples_ms: tuple[tuple[float, ...], ...]
+    """A tuple for every process, in it a number for every round."""
+    wall_over_cpu: float = 1.0
+    load_average: float | None = None
+
+    @property
+    def latency_std_ms(self) -> float:
+        """Standard error of `latency_ms`, from the differences between processes; 0 where there was only one."""
+        processes = [float(np.median(rounds)) for rounds in self.samples_ms]
+        return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
+
+
+Launcher = Callable[[Request], Iterator[Timing]]
+"""Runs one request in a fresh process and yields its timings as they come."""
+
+
+def latency_ms(samples_ms: Sequence[Sequence[float]]) -> float:
+    """The statistic over processes and their rounds: the mean of the processes' medians."""
+    return float(np.mean([np.median(rounds) for rounds in samples_ms]))
+
+
+def item_to_dict(item: Item) -> dict[str, Any]:
+    return {"arch": item.to_dict()} if isinstance(item, Arch) else {"block": block_to_dict(item)}
+
+
+def item_from_dict(values: Mapping[str, Any]) -> Item:
+    return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])
+
+
+def steps(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
+    """`items` in groups small enough to be held in memory side by side."""
+    groups: list[list[Item]] = []
+    held = 0
+    for item in items:
+        size = 4 * cost.count(item).params if isinstance(item, Arch) else BYTES_PER_STEP // BLOCKS_PER_STEP
+        if not groups or held + size > BYTES_PER_STEP:
+            groups.append([])
+            held = 0
+        groups[-1].append(item)
+        held += size
+    return tuple(tuple(group) for group in groups)
+
+
+def measure_networks(
+    archs: Sequence[Arch],
+    target: Target,
+    *,
+    processes: int = 2,
+    rounds: int = 3,
+    seed: int = 0,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
+    launch: Launcher | None = None,
+    devices: Sequence[Device] | None = None,
+) -> list[NetworkLatency]:
+    """Latency of every network, in fresh processes and interleaved, in the order of `archs`; equal networks are measured once.
+
+    Raises DeviceError where the target's device is not attached, ParityError where the runtime computes something else than torch.
+    """
+    device = require_attached(target, devices=devices)
+    effort = effort or Effort(processes=processes, rounds=rounds, round_ms=40.0, max_samples=60)
+    unique = list(dict.fromkeys(archs))
+    rng = np.random.default_rng(seed)
+    requests = []
+    for process in range(effort.processes):
+        order: list[Item] = [unique[i] for i in rng.permutation(len(unique))]
+        requests.append(Request(target=target, process=process, seed=seed + process, effort=effort, steps=steps(order)))
+    timings: dict[Arch, list[Timing]] = {arch: [] for arch in unique}
+    total = len(unique) * effort.processes
+    for done, timing in enumerate(run_requests(requests, device, launch=launch), start=1):
+        assert isinstance(timing.item, Arch)
+        timings[timing.item].append(timing)
+        if progress is not None:
+            progress(done, total, f"network {timing.item.arch_id}")
+    by_arch = {arch: network_latency(arch, found) for arch, found in timings.items()}
+    return [by_arch[arch] for arch in archs]
+
+
+def network_latency(arch: Arch, timings: Sequence[Timing]) -> NetworkLatency:
+    """One network's latency from what the processes measured of it."""
+    ordered = sorted(timings, key=lambda timing: timing.process)
+    samples = tuple(timing.hot_ms for timing in ordered)
+    loads = [timing.load_average for timing in ordered if timing.load_average is not None]
+    return NetworkLatency(
+        arch=arch, latency_ms=latency_ms(samples), samples_ms=samples,
+        wall_over_cpu=max(timing.wall_over_cpu for timing in ordered), load_average=max(loads, default=None),
+    )  # fmt: skip
+
+
+def run_requests(requests: Sequence[Request], device: Device, *, launch: Launcher | None = None) -> Iterator[Timing]:
+    """The timings of all requests as they come, each request in a process of its own.
+
+    On a CPU with several cores the processes run side by side: the statistic is CPU time of one thread, and the difference was not
+    resolvable (docs/measurement.md). A GPU is one device, so there they run one after the other.
+    """
+    launch = launch or launch_worker
+    at_once = min(len(requests), os.cpu_count() or 1, 2) if device.kind == "cpu" else 1
+    if at_once < 2:
+        for request in requests:
+            yield from launch(request)
+        return
+    results: queue.Queue[Timing | BaseException | None] = queue.Queue()
+    waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    stopped = threading.Event()
+    for request in requests:
+        waiting.put(request)
+
+    def work() -> None:
+        try:
+            while not stopped.is_set():
+                for timing in launch(waiting.get_nowait()):
+                    results.put(timing)
+                    if stopped.is_set():
+                        return
+        except queue.Empty:
+            pass
+        except BaseException as error:  # Handed to the caller, who raises it.
+            results.put(error)
+        finally:
+            results.put(None)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    try:
+        running = at_once
+        while running:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                running -= 1
+            else:
+                yield result
+    finally:
+        stopped.set()
+
+
+def launch_worker(request: Request) -> Iterator[Timing]:
+    """Run `request` in a fresh Python process (worker.py). The process dies with its reader: its next result finds no pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    package_root = str(Path(lowsearch.__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "lowsearch.latency.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, encoding="utf-8", env=environment,
+    )  # fmt: skip
+    assert worker.stdin and worker.stdout and worker.stderr
+    complaints: list[str] = []
+    listener = threading.Thread(target=lambda stream=worker.stderr: complaints.extend(stream), daemon=True)
+    listener.start()
+    try:
+        worker.stdin.write(request.to_json())
+        worker.stdin.close()
+        for line in worker.stdout:
+            values = json.loads(line)
+            if "error" in values:
+                raise _error(values)
+            yield Timing.from_dict(values)
+        if worker.wait() != 0:
+            listener.join()
+            last = complaints[-1].strip() if complaints else "no message"
+            raise DeviceError(f"the measuring process ended with code {worker.returncode}: {last}", hint="run the same command again")
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
+        listener.join()
+        worker.stdout.close()
+        worker.stderr.close()
+
+
+def _error(values: Mapping[str, Any]) -> LowsearchError:
+    kind = getattr(errors, values["error"], LowsearchError)
+    return kind(values["message"], hint=values["hint"])

@@ -1,0 +1,294 @@
+"""Profiling: measure the blocks and some whole networks of a search space on a target, and leave a latency table.
+
+Not every block is measured (a large space has thousands): all stems and heads, and of the other kinds as many as the budget allows,
+spread over their sizes; the predictor fills in the rest and marks it. Whole networks, spread over the sizes that the space holds,
+calibrate the sum of blocks. Everything measured is appended to `<table>.partial.jsonl` at once, so that a killed run resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from lowsearch import cost, locations
+from lowsearch.arch import Arch, Block
+from lowsearch.errors import LowsearchError, TableError
+from lowsearch.latency.features import block_features
+from lowsearch.latency.measure import (
+    Effort,
+    Item,
+    Launcher,
+    Progress,
+    Request,
+    Timing,
+    network_latency,
+    run_requests,
+    steps,
+)
+from lowsearch.latency.table import VERSION, LatencyTable, block_latency, check_fits, find_table
+from lowsearch.latency.target import Context, Device, Target, attached_devices, context, require_attached
+from lowsearch.space import SearchSpace
+
+log = logging.getLogger(__name__)
+
+PARTIAL_SCHEMA = "lowsearch-latency-partial"
+MAX_BLOCKS = 600
+NETWORK_EFFORT = Effort(round_ms=40.0, max_samples=60)
+
+
+def profile(
+    space: SearchSpace,
+    target: Target,
+    *,
+    folder: Path | None = None,
+    max_blocks: int = MAX_BLOCKS,
+    n_calibration: int = 20,
+    seed: int = 0,
+    effort: Effort | None = None,
+    network_effort: Effort | None = None,
+    progress: Progress | None = None,
+    launch: Launcher | None = None,
+    devices: Sequence[Device] | None = None,
+) -> LatencyTable:
+    """Measure what the table of `target` lacks for `space`, and write it under `folder` (default: ./latency_tables).
+
+    Killed at any moment, the same call resumes. A table of the same machine and versions is extended, any other is replaced.
+    Raises DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
+    """
+    device = require_attached(target, devices=devices)
+    here = current_context(target, device)
+    folder = locations.new("latency_tables") if folder is None else folder
+    path = folder / target.table_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    efforts = {"blocks": effort or Effort(), "networks": network_effort or NETWORK_EFFORT}
+    with _locked(path):
+        table = _table_to_extend(target, here, folder)
+        blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
+        known = {row.arch for row in table.calibration.get(space.name, ())}
+        archs = [arch for arch in choose_networks(space, n_calibration, seed=seed) if arch not in known]
+        partial = _Partial(path, target, here)
+        label = f"{space.name} on {target}"
+        found: dict[Item, dict[int, Timing]] = {item: {} for item in (*blocks, *archs)}
+        for timing in partial.timings:
+            if timing.item in found:
+                found[timing.item][timing.process] = timing
+        total = sum((efforts["networks"] if isinstance(item, Arch) else efforts["blocks"]).processes for item in found)
+        done = sum(map(len, found.values()))
+        _report(progress, done, total, label)
+        with partial:
+            for items, chosen in ((blocks, efforts["blocks"]), (archs, efforts["networks"])):
+                requests = _requests(items, found, target, chosen, seed=seed)
+                for timing in run_requests(requests, device, launch=launch):
+                    partial.append(timing)
+                    found[timing.item][timing.process] = timing
+                    done += 1
+                    _report(progress, done, total, label)
+        table = _extended(table, space, here, blocks, archs, found)
+        table.save(folder)
+        partial.path.unlink()
+    return table
+
+
+def usable_table(space: SearchSpace, target: Target, *, devices: Sequence[Device] | None = None) -> LatencyTable | None:
+    """The table that a search in `space` may use, or None where this machine has yet to measure it (`profile`).
+
+    For an attached device the table must come from this machine and these versions; for one that is not attached it is used as it
+    is. Raises TableError where a table does not fit or is damaged, or where only another machine could measure it.
+    """
+    device = next((d for d in (attached_devices() if devices is None else devices) if d.slug == target.device), None)
+    if device is None:
+        table = find_table(target)
+        if not table.calibration.get(space.name):
+            raise TableError(
+                f"the table of {target} holds no networks of space {space.name!r}",
+                hint=f"on a machine that has the device run `{target.profile_command} --space {space.name}`, and copy the table here",
+            )
+        return table
+    if not any((folder / target.table_path).is_file() for folder in locations.folders("latency_tables")):
+        return None
+    table = find_table(target)
+    check_fits(table, target, current_context(target, device))
+    return table if table.calibration.get(space.name) else None
+
+
+def current_context(target: Target, device: Device) -> Context:
+    """What a measurement of `target` that starts now would state about itself. Raises DeviceError for what the runtime cannot do."""
+    from lowsearch.latency.runtimes import check_supported, runtime  # imports torch
+    from lowsearch.latency.timers import CpuTimer, CudaTimer, cpu_flush_bytes
+
+    check_supported(target, device.kind)
+    chosen = runtime(target.runtime)
+    timer = CpuTimer if device.kind == "cpu" else CudaTimer
+    options = {**chosen.options(), **({"flush_bytes": cpu_flush_bytes()} if device.kind == "cpu" else {})}
+    return context(target, device, statistic=f"25th percentile of {timer.statistic}", versions=chosen.versions(), runtime_options=options)
+
+
+def choose_blocks(space: SearchSpace, max_blocks: int, *, seed: int) -> list[Block]:
+    """The blocks of `space` to measure: all where they fit in `max_blocks`; else all stems and heads, and of every other kind a share
+    by the square root of their number, spread over their features.
+
+    With the same seed, a larger budget measures the same blocks and more.
+    """
+    by_kind: dict[str, list[Block]] = {}
+    for block in space.blocks:
+        by_kind.setdefault(block.kind, []).append(block)
+    rng = np.random.default_rng(seed)
+    always = [block for kind in ("stem", "head") for block in by_kind.pop(kind, [])]
+    budget = max(0, max_blocks - len(always))
+    order = {kind: [blocks[i] for i in _spread(block_features(blocks), rng)] for kind, blocks in sorted(by_kind.items())}
+    wishes = _shares({kind: len(blocks) for kind, blocks in order.items()}, budget)
+    return [*always[:max_blocks], *(block for kind, blocks in order.items() for block in blocks[: wishes[kind]])]
+
+
+def choose_networks(space: SearchSpace, n: int, *, seed: int) -> list[Arch]:
+    """`n` random networks of `space`, spread evenly over the quantiles of log MACs: of every n-th part of the sizes, one."""
+    rng = np.random.default_rng(seed)
+    pool = [space.decode(genome) for genome in np.unique(space.sample(max(400, 20 * n), rng=rng), axis=0)]
+    pool.sort(key=lambda arch: (cost.count(arch).macs, arch.arch_id))
+    return [pool[rng.choice(part)] for part in np.array_split(np.arange(len(pool)), n) if len(part)]
+
+
+def _shares(counts: dict[str, int], budget: int) -> dict[str, int]:
+    """How many of each kind fit in `budget`: by the square root of their number; what a small kind does not use goes to the others."""
+    shares = dict.fromkeys(counts, 0)
+    while (left := budget - sum(shares.values())) > 0 and any(shares[kind] < counts[kind] for kind in counts):
+        weights = {kind: np.sqrt(count) for kind, count in counts.items() if shares[kind] < count}
+        for kind, weight in weights.items():
+            more = max(1, int(left * weight / sum(weights.values())))
+            shares[kind] += min(more, counts[kind] - shares[kind], budget - sum(shares.values()))
+    return shares
+
+
+def _spread(features: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """All rows in an order in which every beginning is spread out: the next one is the farthest from those before it."""
+    spans = np.ptp(features, axis=0)
+    scaled = features / np.where(spans > 0, spans, 1.0)
+    chosen = [int(rng.integers(len(features)))]
+    nearest = ((scaled - scaled[chosen[0]]) ** 2).sum(axis=1)
+    for _ in range(len(features) - 1):
+        nearest[chosen[-1]] = -1.0
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, ((scaled - scaled[chosen[-1]]) ** 2).sum(axis=1))
+    return chosen
+
+
+def _requests(
+    items: Sequence[Item], found: dict[Item, dict[int, Timing]], target: Target, effort: Effort, *, seed: int
+) -> list[Request]:  # fmt: skip
+    """What is left to measure, a request for every process; each goes through the items in an order of its own."""
+    requests = []
+    for process in range(effort.processes):
+        missing = [item for item in items if process not in found[item]]
+        order = np.random.default_rng((seed, process)).permutation(len(missing))
+        if missing:
+            groups = steps([missing[i] for i in order])
+            requests.append(Request(target=target, process=process, seed=seed + process, effort=effort, steps=groups))
+    return requests
+
+
+def _table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
+    """The existing table of this machine and these versions, or an empty one."""
+    folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
+    if any((candidate / target.table_path).is_file() for candidate in folders):
+        try:
+            table = find_table(target, folders=folders)
+            check_fits(table, target, here)
+            return table
+        except TableError as error:
+            log.warning("starting a new table: %s", error.message)
+    return LatencyTable(target=target, context=here, entries={}, calibration={})
+
+
+def _extended(
+    table: LatencyTable,
+    space: SearchSpace,
+    here: Context,
+    blocks: Sequence[Block],
+    archs: Sequence[Arch],
+    found: dict[Item, dict[int, Timing]],
+) -> LatencyTable:
+    entries = {**table.entries, **{block: block_latency(list(found[block].values())) for block in blocks}}
+    networks = (*table.calibration.get(space.name, ()), *(network_latency(arch, list(found[arch].values())) for arch in archs))
+    return dataclasses.replace(table, context=here, entries=entries, calibration={**table.calibration, space.name: networks})
+
+
+def _report(progress: Progress | None, done: int, total: int, label: str) -> None:
+    if progress is not None:
+        progress(done, total, label)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the table for this process; the operating system frees the lock of a killed one."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TableError(f"another process is measuring {path}", hint="wait for it to end, or end it and run the same command") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Partial:
+    """The timings of an unfinished profile, a JSON line each, appended as they come. A torn last line is cut off; a file of another
+    machine or other versions is started anew."""
+
+    def __init__(self, table_path: Path, target: Target, here: Context) -> None:
+        self.path = table_path.with_suffix(".partial.jsonl")
+        header = {"schema": PARTIAL_SCHEMA, "version": VERSION, "target": dataclasses.asdict(target), "fingerprint": here.fingerprint}
+        lines = self._whole_lines()
+        if lines and self._parse(lines[0], 1) != header:
+            log.warning("%s was left by another machine or other versions: starting anew", self.path)
+            lines = []
+        self.timings = [self._timing(line, number) for number, line in enumerate(lines[1:], start=2)]
+        if not lines:
+            self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> _Partial:
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def append(self, timing: Timing) -> None:
+        self._file.write(json.dumps(timing.to_dict()) + "\n")
+        self._file.flush()
+
+    def _whole_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return whole.decode("utf-8", errors="replace").splitlines()
+
+    def _parse(self, line: str, number: int) -> Any:
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise self._damaged(number, error.msg) from error
+
+    def _timing(self, line: str, number: int) -> Timing:
+        try:
+            return Timing.from_dict(self._parse(line, number))
+        except (LowsearchError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(number, str(error)) from error
+
+    def _damaged(self, number: int, reason: str) -> TableError:
+        return TableError(f"{self.path}:{number}: damaged line: {reason}", hint="remove the file and run the same command again")

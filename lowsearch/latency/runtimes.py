@@ -1,0 +1,207 @@
+"""What executes a network while it is timed: one class per runtime behind the protocol `Runtime`. To add one, write a class and list
+it in `RUNTIMES`; nothing else knows their names.
+
+A runtime prepares a module once into a `Program`, which runs on an input that is already in place: what is timed is the forward
+pass, without copies from or to the caller. Before any time is believed, `check_parity` compares the program's output with torch's.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
+
+from lowsearch.errors import DeviceError, ParityError
+from lowsearch.latency.target import DeviceKind, Target
+
+OPSET = 17  # The last one that torch's TorchScript exporter and every ONNX Runtime since 1.13 agree on; 18 and 20 gave the same graph.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+"""Largest accepted difference from torch in fp32, as a share of the largest output."""
+
+
+class Program(Protocol):
+    """One network or block, compiled, with its input in place."""
+
+    def run(self) -> None:
+        """One forward pass. Asynchronous on a device that is."""
+
+    def output(self) -> np.ndarray:
+        """What one forward pass computes, in fp32."""
+        ...
+
+
+class Runtime(Protocol):
+    """Software that executes networks."""
+
+    name: str
+    precisions: Mapping[DeviceKind, Sequence[str]]
+    """What it can execute, by the kind of device."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what executes; a table measured with others does not fit."""
+        ...
+
+    def options(self) -> dict[str, str | int]:
+        """What the runtime is told, for the record."""
+        ...
+
+    def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
+        """`module` (in eval mode, fp32, on the CPU) compiled for the input `x` and placed on `device`."""
+        ...
+
+
+class EagerRuntime:
+    """torch as it is: one operator after the other, on the CPU or a CUDA device."""
+
+    name = "eager"
+    precisions: Mapping[DeviceKind, Sequence[str]] = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def options(self) -> dict[str, str | int]:
+        return {"memory_format": "contiguous", "cudnn_benchmark": 0, "tf32": 0}
+
+    def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
+        # fp32 means fp32: cuDNN would otherwise round convolution inputs to ten bits.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        dtype = torch.float16 if precision == "fp16" else torch.float32
+        return _EagerProgram(module.to(device, dtype), x.to(device, dtype))
+
+
+class _EagerProgram:
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        self._module = module
+        self._x = x
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            self._module(self._x)
+
+    def output(self) -> np.ndarray:
+        with torch.inference_mode():
+            return self._module(self._x).float().cpu().numpy()
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU: one thread that does not spin, all graph optimisations."""
+
+    name = "onnxruntime"
+    precisions: Mapping[DeviceKind, Sequence[str]] = {"cpu": ("fp32",)}
+
+    def versions(self) -> dict[str, str]:
+        return {"onnxruntime": metadata.version("onnxruntime")}
+
+    def options(self) -> dict[str, str | int]:
+        return {
+            "provider": "CPUExecutionProvider", "graph_optimization": "all", "exporter": f"torch {torch.__version__} TorchScript",
+            "opset": OPSET,
+        }  # fmt: skip
+
+    def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
+        return _OnnxProgram(export_onnx(module, x), x.numpy())
+
+
+class _OnnxProgram:
+    """Input and output are bound once: a call moves no data through Python."""
+
+    def __init__(self, model: bytes, x: np.ndarray) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        (given,), (wanted,) = self._session.get_inputs(), self._session.get_outputs()
+        self._output = ort.OrtValue.ortvalue_from_numpy(np.zeros(wanted.shape, np.float32))
+        self._binding = self._session.io_binding()
+        self._binding.bind_ortvalue_input(given.name, ort.OrtValue.ortvalue_from_numpy(x))
+        self._binding.bind_ortvalue_output(wanted.name, self._output)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def output(self) -> np.ndarray:
+        self.run()
+        return self._output.numpy().copy()
+
+
+RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime(), "eager": EagerRuntime()}
+
+
+def runtime(name: str) -> Runtime:
+    """The runtime called `name`."""
+    if name not in RUNTIMES:
+        raise DeviceError(f"unknown runtime {name!r}; known: {', '.join(RUNTIMES)}", hint=f"--runtime {next(iter(RUNTIMES))}")
+    return RUNTIMES[name]
+
+
+def check_supported(target: Target, kind: DeviceKind) -> None:
+    """Raise DeviceError where `target` asks for something that its runtime cannot do, or that we cannot time honestly, on such a device."""
+    chosen = runtime(target.runtime)
+    if kind not in chosen.precisions:
+        able = ", ".join(name for name, other in RUNTIMES.items() if kind in other.precisions) or "none"
+        raise DeviceError(f"runtime {chosen.name} does not run on a {kind} device; runtimes that do: {able}", hint=f"--runtime {able}")
+    precisions = chosen.precisions[kind]
+    if target.precision not in precisions:
+        raise DeviceError(f"runtime {chosen.name} on a {kind} device has no {target.precision}; it has {', '.join(precisions)}")
+    if target.threads != 1:
+        raise DeviceError(
+            f"threads is {target.threads}: only one thread has an honest statistic here (CPU time), see docs/measurement.md",
+            hint="--threads 1",
+        )
+
+
+def export_onnx(module: nn.Module, x: Tensor) -> bytes:
+    """`module` as an ONNX model with the fixed input shape of `x`.
+
+    torch's TorchScript exporter: deprecated, but 0.02 s a block where its successor takes 0.7 s. A table needs hundreds of blocks.
+    """
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export", DeprecationWarning)
+        warnings.filterwarnings("ignore", "The feature will be removed. Please remove usage of this function", DeprecationWarning)
+        # Group norm checks its input's size in Python; sizes are fixed here.
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python boolean", TracerWarning)
+        # The paddings of a 2x2 convolution stay a few constant nodes; ONNX Runtime folds them when it loads the model.
+        warnings.filterwarnings("ignore", "Constant folding - Only steps=1 can be constant folded", UserWarning)
+        # The exporter accepts a buffer; its signature of today speaks of paths only.
+        torch.onnx.export(
+            module, (x,), cast(Any, buffer), dynamo=False, opset_version=OPSET, input_names=["input"], output_names=["output"]
+        )
+    return buffer.getvalue()
+
+
+def check_parity(program: Program, expected: np.ndarray, *, precision: str, what: str) -> float:
+    """Largest difference between the program's output and `expected`, relative to the largest expected value.
+
+    Raises ParityError where it is too large: a runtime may be fast because it computes something else.
+    """
+    got = program.output()
+    scale = float(np.abs(expected).max())
+    if got.shape != expected.shape or not np.isfinite(got).all() or not np.isfinite(scale) or scale == 0.0:
+        raise ParityError(f"{what}: output of shape {got.shape} is not finite, not random, or not of shape {expected.shape}")
+    difference = float(np.abs(got - expected).max()) / scale
+    if difference > TOLERANCE[precision]:
+        raise ParityError(
+            f"{what}: the runtime's output differs from torch's by {difference:.2g} of its range, more than {TOLERANCE[precision]:.0e}",
+            hint="its time was not stored; choose another --runtime",
+        )
+    return difference
+
+
+def reference(module: nn.Module, x: Tensor) -> np.ndarray:
+    """torch's own output for `x`, in fp32 on the CPU."""
+    with torch.inference_mode():
+        return module(x).numpy().copy()

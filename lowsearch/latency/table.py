@@ -1,0 +1,314 @@
+"""Latency table: what was measured of the blocks of one or more search spaces, and of some whole networks, on one target.
+
+One text file a target, `latency_tables/<device>/<runtime>-<precision>-b<batch>-t<threads>.jsonl`: a header, a line for every block, a
+line for every calibration network, in an order that does not change (docs/formats.md). Written by `profile`, read by the predictor.
+A table says on what it was measured; `check_fits` refuses it for the machine we stand on when that differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from lowsearch import locations
+from lowsearch.arch import BLOCK_TYPES, Arch, Block, block_from_dict, block_to_dict
+from lowsearch.errors import LowsearchError, MissingBlockError, TableError
+from lowsearch.latency.measure import NetworkLatency, Timing, latency_ms
+from lowsearch.latency.target import Context, Device, Target, attached_devices
+
+SCHEMA = "lowsearch-latency-table"
+VERSION = 1
+
+Source = Literal["measured", "predicted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLatency:
+    """Latency of one block, alone: `hot` called back to back on warm caches, `cold` after a flush of the caches."""
+
+    hot_ms: float
+    cold_ms: float
+    hot_samples_ms: tuple[tuple[float, ...], ...] = ()
+    """A tuple for every process, in it a number for every round."""
+    cold_samples_ms: tuple[tuple[float, ...], ...] = ()
+    wall_over_cpu: float = 1.0
+    source: Source = "measured"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyTable:
+    """The measurements of one target. Resolution is part of a Block, so one table serves several search spaces."""
+
+    target: Target
+    context: Context
+    entries: Mapping[Block, BlockLatency]
+    calibration: Mapping[str, tuple[NetworkLatency, ...]]
+    """Whole networks, by the name of the search space they were drawn from."""
+
+    def lookup(self, block: Block) -> BlockLatency:
+        """What was measured of `block`. Raises MissingBlockError, naming the command that measures more."""
+        if block not in self.entries:
+            raise MissingBlockError(f"no measurement of {block} in the table of {self.target}", hint=self.target.profile_command)
+        return self.entries[block]
+
+    def save(self, folder: Path) -> Path:
+        """Write the table to its place under `folder`, a folder of latency tables, and return its path."""
+        path = folder / self.target.table_path
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self._lines()))
+        return path
+
+    def _lines(self) -> Iterable[dict[str, Any]]:
+        networks = sorted(
+            ((space, row) for space, rows in self.calibration.items() for row in rows), key=lambda p: (p[0], p[1].arch.arch_id)
+        )
+        yield {
+            "schema": SCHEMA, "version": VERSION, "n_blocks": len(self.entries), "n_networks": len(networks),
+            "target": dataclasses.asdict(self.target), "context": dataclasses.asdict(self.context),
+        }  # fmt: skip
+        for block in sorted(self.entries, key=_block_order):
+            yield {"block": block_to_dict(block), **dataclasses.asdict(self.entries[block])}
+        for space, row in networks:
+            yield {"space": space, "arch": row.arch.to_dict(), **{name: getattr(row, name) for name in _NETWORK_FIELDS}}
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """Read a table. Raises TableError naming the line at fault: a table is whole, or it is not used."""
+        return _Reader(path).read()
+
+
+def find_table(target: Target, *, folders: Sequence[Path] | None = None) -> LatencyTable:
+    """The table of `target`: from the current directory, the user's data directory, or shipped with lowsearch.
+
+    Raises TableError where there is none: which tables exist, and the command that measures this one.
+    """
+    folders = locations.folders("latency_tables") if folders is None else folders
+    path = next((folder / target.table_path for folder in folders if (folder / target.table_path).is_file()), None)
+    if path is not None:
+        return LatencyTable.load(path)
+    known = ", ".join(str(other) for other in known_tables(folders=folders)) or "none"
+    attached = {device.slug for device in attached_devices()}
+    where = "" if target.device in attached else f" on a machine that has it, and copy latency_tables/{target.table_path} here"
+    raise TableError(
+        f"no latency table for {target} (attached here: {', '.join(sorted(attached))}; tables exist for: {known})",
+        hint=f"run `{target.profile_command}`{where}",
+    )
+
+
+def known_tables(*, folders: Sequence[Path] | None = None) -> dict[Target, Path]:
+    """Every table that can be found, by target; where a target has several, the one that is used."""
+    found: dict[Target, Path] = {}
+    for folder in locations.folders("latency_tables") if folders is None else folders:
+        for path in sorted(folder.glob("*/*.jsonl")):
+            target = _target_of(path)
+            if target is not None:
+                found.setdefault(target, path)
+    return found
+
+
+def check_fits(table: LatencyTable, target: Target, here: Context) -> None:
+    """Raise TableError unless `table` was measured for `target` on the machine and with the versions of `here`."""
+    if table.target != target:
+        raise TableError(f"the table is of {table.target}, not of {target}", hint=target.profile_command)
+    then, now = table.context.fingerprint, here.fingerprint
+    changed = [
+        f"{name}: {then.get(name, 'none')} then, {now.get(name, 'none')} now"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise TableError(
+            f"the table of {target} was measured elsewhere or with other versions ({'; '.join(changed)})",
+            hint=f"measure it anew with `{target.profile_command}`",
+        )
+
+
+def block_latency(timings: Sequence[Timing]) -> BlockLatency:
+    """One block's row from what the processes measured of it."""
+    ordered = sorted(timings, key=lambda timing: timing.process)
+    hot, cold = tuple(t.hot_ms for t in ordered), tuple(t.cold_ms for t in ordered)
+    return BlockLatency(
+        hot_ms=_rounded(latency_ms(hot)), cold_ms=_rounded(latency_ms(cold)), hot_samples_ms=hot, cold_samples_ms=cold,
+        wall_over_cpu=max(t.wall_over_cpu for t in ordered),
+    )  # fmt: skip
+
+
+def device_named(name: str) -> Device:
+    """The absent device `name` as its tables describe it, for those who search on its table."""
+    for target, path in known_tables().items():
+        if target.device == name:
+            return Device(slug=name, kind="absent", name=LatencyTable.load(path).context.device_name)
+    return Device(slug=name, kind="absent", name=name)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: readers see the old file or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_HEADER_FIELDS = ("schema", "version", "n_blocks", "n_networks", "target", "context")
+_BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
+_NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
+_KIND_ORDER = {kind: i for i, kind in enumerate(BLOCK_TYPES)}
+_FILE_NAME = re.compile(r"(?P<runtime>[a-z0-9.-]+)-(?P<precision>[a-z0-9]+)-b(?P<batch>\d+)-t(?P<threads>\d+)\.jsonl")
+
+
+def _block_order(block: Block) -> tuple[Any, ...]:
+    return _KIND_ORDER[block.kind], *dataclasses.astuple(block)
+
+
+def _target_of(path: Path) -> Target | None:
+    """The target that a table's path stands for, or None where it is no table's path."""
+    match = _FILE_NAME.fullmatch(path.name)
+    try:
+        return Target(path.parent.name, match["runtime"], match["precision"], int(match["batch"]), int(match["threads"])) if match else None  # type: ignore[arg-type]
+    except LowsearchError:
+        return None
+
+
+def _rounded(value_ms: float) -> float:
+    return round(value_ms, 5)
+
+
+class _Reader:
+    """Reads one table file; every complaint names the file, the line and the command that mends it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.line = 0
+
+    def read(self) -> LatencyTable:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            self._fail(f"cannot be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}")
+        if not text.endswith("\n"):
+            self.line = text.count("\n") + 1
+            self._fail("the file ends in the middle of a line")
+        lines = text.splitlines()
+        self.line = 1
+        header = self._parse(lines[0], _HEADER_FIELDS) if lines else self._fail("the file is empty")
+        if header["schema"] != SCHEMA or header["version"] != VERSION:
+            self._fail(f"schema is {header['schema']!r} version {header['version']!r}, expected {SCHEMA!r} version {VERSION}")
+        target = self._guarded(lambda: Target.from_dict(header["target"]))
+        context = self._context(header["context"])
+        entries: dict[Block, BlockLatency] = {}
+        calibration: dict[str, list[NetworkLatency]] = {}
+        for self.line, line in enumerate(lines[1:], start=2):
+            values = self._parse(line)
+            if "block" in values:
+                self._check_fields(values, ("block", *_BLOCK_FIELDS))
+                block = self._guarded(lambda v=values: block_from_dict(v["block"]))
+                if block in entries:
+                    self._fail(f"a second line for {block}")
+                entries[block] = self._block_latency(values)
+            else:
+                self._check_fields(values, ("space", "arch", *_NETWORK_FIELDS))
+                if not isinstance(values["space"], str):
+                    self._fail(f"space is {values['space']!r}, expected a name")
+                row = self._network(values)
+                rows = calibration.setdefault(values["space"], [])
+                if any(other.arch == row.arch for other in rows):
+                    self._fail(f"a second line for network {row.arch.arch_id}")
+                rows.append(row)
+        self.line = 1
+        counts = {"n_blocks": len(entries), "n_networks": sum(map(len, calibration.values()))}
+        for name, count in counts.items():
+            if header[name] != count:
+                self._fail(f"the header promises {name} {header[name]!r}, the file has {count}")
+        return LatencyTable(target=target, context=context, entries=entries, calibration={k: tuple(v) for k, v in calibration.items()})
+
+    def _fail(self, message: str) -> NoReturn:
+        target = _target_of(self.path)
+        command = target.profile_command if target else "lowsearch profile"
+        where = f"{self.path}:{self.line}" if self.line else str(self.path)
+        raise TableError(f"{where}: {message}", hint=f"remove the file and measure anew with `{command}`")
+
+    def _guarded(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (LowsearchError, TypeError, ValueError) as error:
+            self._fail(error.message if isinstance(error, LowsearchError) else str(error))
+
+    def _parse(self, line: str, fields: Sequence[str] | None = None) -> dict[str, Any]:
+        try:
+            values = json.loads(line, parse_constant=lambda name: self._fail(f"{name} is no measurement"))
+        except json.JSONDecodeError as error:
+            self._fail(f"damaged line, not JSON: {error.msg}")
+        if not isinstance(values, dict):
+            self._fail("a line is no JSON object")
+        if fields is not None:
+            self._check_fields(values, fields)
+        return values
+
+    def _check_fields(self, values: Mapping[str, Any], fields: Sequence[str]) -> None:
+        for kind, names in (("unknown", set(values) - set(fields)), ("missing", set(fields) - set(values))):
+            if names:
+                self._fail(f"{kind} field {min(names)!r}; a line of this kind has {', '.join(fields)}")
+
+    def _context(self, values: Any) -> Context:
+        if not isinstance(values, dict):
+            self._fail("context is no JSON object")
+        self._check_fields(values, [field.name for field in dataclasses.fields(Context)])
+        for name in ("versions", "runtime_options"):
+            if not isinstance(values[name], dict):
+                self._fail(f"context: {name} is no JSON object")
+        return Context(**values)
+
+    def _block_latency(self, values: Mapping[str, Any]) -> BlockLatency:
+        hot, cold = (self._samples(name, values[name]) for name in ("hot_samples_ms", "cold_samples_ms"))
+        row = BlockLatency(
+            hot_ms=self._time("hot_ms", values["hot_ms"]), cold_ms=self._time("cold_ms", values["cold_ms"]), hot_samples_ms=hot,
+            cold_samples_ms=cold, wall_over_cpu=self._time("wall_over_cpu", values["wall_over_cpu"]), source=values["source"],
+        )  # fmt: skip
+        if row.source != "measured":
+            self._fail(f"source is {row.source!r}; a table holds only what was measured")
+        self._check_statistic("hot_ms", row.hot_ms, hot)
+        self._check_statistic("cold_ms", row.cold_ms, cold)
+        return row
+
+    def _network(self, values: Mapping[str, Any]) -> NetworkLatency:
+        load = values["load_average"]
+        row = NetworkLatency(
+            arch=self._guarded(lambda: Arch.from_dict(values["arch"])), latency_ms=self._time("latency_ms", values["latency_ms"]),
+            samples_ms=self._samples("samples_ms", values["samples_ms"]),
+            wall_over_cpu=self._time("wall_over_cpu", values["wall_over_cpu"]),
+            load_average=None if load is None else self._number("load_average", load),
+        )  # fmt: skip
+        self._check_statistic("latency_ms", row.latency_ms, row.samples_ms)
+        return row
+
+    def _number(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            self._fail(f"{name} is {value!r}, expected a number of at least 0")
+        return float(value)
+
+    def _time(self, name: str, value: Any) -> float:
+        number = self._number(name, value)
+        if number == 0:
+            self._fail(f"{name} is 0, expected a positive number")
+        return number
+
+    def _samples(self, name: str, value: Any) -> tuple[tuple[float, ...], ...]:
+        if not isinstance(value, list) or not all(isinstance(rounds, list) and rounds for rounds in value):
+            self._fail(f"{name} is {value!r}, expected a list of rounds for every process")
+        return tuple(tuple(self._time(name, sample) for sample in rounds) for rounds in value)
+
+    def _check_statistic(self, name: str, stated: float, samples: tuple[tuple[float, ...], ...]) -> None:
+        if samples and abs(latency_ms(samples) - stated) > 2e-5:  # Both are rounded to 1e-5 ms.
+            self._fail(f"{name} is {stated}, but its samples give {latency_ms(samples):.5f}")

@@ -1,0 +1,307 @@
+"""What a latency belongs to: the `Target` (device, runtime, precision, batch, threads), the devices of this machine, and the
+`Context` (versions, driver, load, date) that every measurement carries. Two targets are never mixed.
+
+A device has a slug, which names its folder under `latency_tables/`: `rtx3090`, `amd-epyc-9654`, `intel-core-i7-12700h`. A virtual
+machine that hides its processor's name is told apart by what it does show: `intel-xeon-f6-m167-2vcpu`.
+Nothing here imports torch: `lowsearch devices` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lowsearch.errors import DeviceError
+
+Precision = Literal["fp32", "fp16"]
+DeviceKind = Literal["cpu", "cuda", "absent"]
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_QUERY_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """What a latency belongs to. `device` is a slug, never the alias `cpu`; `resolve_target` makes one from what a user typed."""
+
+    device: str
+    runtime: str
+    precision: Precision = "fp32"
+    batch: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("device", "runtime"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not _SLUG.fullmatch(value):
+                raise DeviceError(
+                    f"{name} {value!r} is not a name of lower-case letters, digits, dots and dashes", hint="lowsearch devices"
+                )
+        if self.device in _ALIASES:
+            raise DeviceError(f"device {self.device!r} is an alias, not a device; use resolve_target", hint="lowsearch devices")
+        if self.precision not in get_args(Precision):
+            raise DeviceError(f"precision is {self.precision!r}, expected one of {', '.join(get_args(Precision))}")
+        for name in ("batch", "threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise DeviceError(f"{name} is {value!r}, expected a whole number of at least 1")
+
+    @property
+    def table_path(self) -> Path:
+        """Where this target's table lies, relative to a folder of latency tables."""
+        return Path(self.device) / f"{self.runtime}-{self.precision}-b{self.batch}-t{self.threads}.jsonl"
+
+    @property
+    def profile_command(self) -> str:
+        """The command that measures this target's table."""
+        words = f"lowsearch profile --device {self.device} --runtime {self.runtime}"
+        for name, default in (("precision", "fp32"), ("batch", 1), ("threads", 1)):
+            value = getattr(self, name)
+            words += f" --{name} {value}" if value != default else ""
+        return words
+
+    def __str__(self) -> str:
+        return f"{self.device} {self.runtime} {self.precision} batch {self.batch} threads {self.threads}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Target:
+        """Inverse of `dataclasses.asdict`. Raises DeviceError on unknown or missing fields."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise DeviceError(f"target has fields {sorted(values)}, expected {sorted(names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device: attached to this machine (`cpu`, `cuda`), or known by name only (`absent`)."""
+
+    slug: str
+    kind: DeviceKind
+    name: str
+    """As its maker or driver calls it."""
+    detail: str = ""
+    """What tells it from others of the same name: processor signature and caches, or memory."""
+    driver: str = ""
+
+    @property
+    def attached(self) -> bool:
+        return self.kind != "absent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Everything around a measurement that could change it. `fingerprint` is the part that must agree before a table is used."""
+
+    device_name: str
+    device_detail: str
+    driver: str
+    os: str
+    python: str
+    versions: Mapping[str, str]
+    """Versions of lowsearch and of the packages that the runtime executes with."""
+    runtime_options: Mapping[str, str | int]
+    """What the runtime was told: exporter, opset, optimisation level, bytes flushed before a cold run."""
+    statistic: str
+    threads: int
+    precision: str
+    batch: int
+    date_utc: str
+    load_average: float | None
+    governor: str
+    """Frequency governor of the first core, or `unknown` where the kernel does not tell."""
+    git_sha: str = ""
+    """Commit of lowsearch when it ran from a checkout."""
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What decides whether two measurements may be compared: the device and the versions that execute."""
+        executing = {name: version for name, version in self.versions.items() if name != "lowsearch"}
+        return {"device_name": self.device_name, "device_detail": self.device_detail, "driver": self.driver, **executing}
+
+
+def attached_devices() -> list[Device]:
+    """The devices that this machine can measure, its CPU first."""
+    return [_cpu(), *_cuda_devices()]
+
+
+def resolve_device(name: str, *, devices: Sequence[Device] | None = None) -> Device:
+    """The device a user means by `name`: a slug, or `cpu` or `cuda` for the first attached of that kind.
+
+    A name that is not attached gives an `absent` Device: its table may be used on purpose, but nothing can be measured.
+    """
+    devices = attached_devices() if devices is None else devices
+    slug = name.strip().lower()
+    if slug in _ALIASES:
+        kind = _ALIASES[slug]
+        found = next((device for device in devices if device.kind == kind), None)
+        if found is None:
+            raise DeviceError(f"no {kind} device is attached to this machine; attached: {_listed(devices)}", hint="lowsearch devices")
+        return found
+    found = next((device for device in devices if device.slug == slug), None)
+    if found is not None:
+        return found
+    if not _SLUG.fullmatch(slug):
+        raise DeviceError(f"device {name!r} is not a name of lower-case letters, digits, dots and dashes", hint="lowsearch devices")
+    return Device(slug=slug, kind="absent", name=slug)
+
+
+def resolve_target(
+    device: str, runtime: str, *, precision: str = "fp32", batch: int = 1, threads: int = 1, devices: Sequence[Device] | None = None
+) -> Target:
+    """The Target a user means; `cpu` and `cuda` become the slug of the attached device."""
+    slug = resolve_device(device, devices=devices).slug
+    return Target(slug, runtime, precision, batch, threads)  # type: ignore[arg-type]  # __post_init__ checks the precision.
+
+
+def require_attached(target: Target, *, devices: Sequence[Device] | None = None) -> Device:
+    """The attached device of `target`. Raises DeviceError: what is attached, and how a table comes from elsewhere."""
+    devices = attached_devices() if devices is None else devices
+    device = resolve_device(target.device, devices=devices)
+    if not device.attached:
+        raise DeviceError(
+            f"device {target.device} is not attached to this machine (attached: {_listed(devices)})",
+            hint=f"on a machine that has it run `{target.profile_command}`, and copy latency_tables/{target.table_path} here",
+        )
+    return device
+
+
+def context(
+    target: Target, device: Device, *, statistic: str, versions: Mapping[str, str], runtime_options: Mapping[str, str | int]
+) -> Context:
+    """The Context of a measurement that starts now on this machine."""
+    return Context(
+        device_name=device.name, device_detail=device.detail, driver=device.driver,
+        os=f"{platform.system()} {platform.release()} {platform.machine()}", python=platform.python_version(),
+        versions={"lowsearch": metadata.version("lowsearch"), **versions}, runtime_options=dict(runtime_options), statistic=statistic,
+        threads=target.threads, precision=target.precision, batch=target.batch,
+        date_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), load_average=load_average(), governor=_governor(), git_sha=_git_sha(),
+    )  # fmt: skip
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run, averaged over the last minute; None where the system does not count them."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def cpu_slug(model_name: str, *, family: str = "", model: str = "", n_cpus: int = 1) -> str:
+    """Slug of a processor. Names without a model number (virtual machines) get family, model and number of virtual CPUs."""
+    text = re.sub(r"\(r\)|\(tm\)|\(c\)|™|®", " ", model_name.lower())
+    text = re.sub(
+        r"@.*$|^\d+th gen |\b\d+-core\b|\b(six|eight|twelve|quad|dual)-core\b|\bcpu\b|\bprocessor\b|\bversion\b|\bwith radeon.*$|\bw/.*$",
+        " ",
+        text,
+    )
+    slug = re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+    # "2.5+" of QEMU and the like name no processor; a model number has a digit run of its own or with a letter (7502p, i7-12700h, m2).
+    generic = not slug or not re.search(r"\d", slug) or "qemu" in slug or "virtual" in slug
+    if generic:
+        parts = [slug or platform.machine().lower(), f"f{family}" if family else "", f"m{model}" if model else "", f"{n_cpus}vcpu"]
+        slug = "-".join(part for part in parts if part)
+    return slug
+
+
+def cuda_slug(name: str) -> str:
+    """Slug of a CUDA device: `NVIDIA GeForce RTX 3090` is `rtx3090`, `NVIDIA A100-SXM4-80GB` is `a100-sxm4-80gb`."""
+    text = re.sub(r"\b(nvidia|geforce|tesla|quadro|gpu)\b", " ", name.lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+    return re.sub(r"\b(rtx|gtx)-(?=[a-z]?\d)", r"\1", slug) or "cuda"
+
+
+_ALIASES: dict[str, DeviceKind] = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+
+
+def _listed(devices: Sequence[Device]) -> str:
+    return ", ".join(f"{device.slug} ({device.name})" for device in devices) or "none"
+
+
+@cache
+def _cpu() -> Device:
+    facts = _cpu_facts()
+    n_cpus = os.cpu_count() or 1
+    name = facts.get("model name") or platform.processor() or platform.machine() or "unknown processor"
+    slug = cpu_slug(name, family=facts.get("cpu family", ""), model=facts.get("model", ""), n_cpus=n_cpus)
+    signature = "/".join(facts[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in facts)
+    caches = ", ".join(f"L{level} {size >> 10} KiB" for level, size in sorted(cache_bytes().items()))
+    detail = "; ".join(part for part in (signature, f"{n_cpus} CPUs", caches) if part)
+    return Device(slug=slug, kind="cpu", name=name, detail=detail)
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What the system tells about the first processor, in the words of Linux's /proc/cpuinfo."""
+    if platform.system() == "Darwin":
+        return {"model name": _query("sysctl", "-n", "machdep.cpu.brand_string")}
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    facts: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip() and "model name" in facts:
+            break
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    if "model name" not in facts:  # Arm kernels give part numbers only; lscpu knows their names.
+        listed = dict(line.split(":", 1) for line in _query("lscpu").splitlines() if ":" in line)
+        facts["model name"] = facts.get("Model") or listed.get("Model name", "").strip()
+    return facts
+
+
+@cache
+def cache_bytes() -> dict[int, int]:
+    """Bytes of the first core's data caches by level, as far as the kernel tells (level 3 as its hypervisor claims it)."""
+    sizes: dict[int, int] = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        match = re.fullmatch(r"(\d+)([KMG]?)", size)
+        if kind != "Instruction" and match:
+            sizes[int(level)] = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+    return sizes
+
+
+@cache
+def _cuda_devices() -> tuple[Device, ...]:
+    table = _query("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    devices = []
+    for line in table.splitlines():
+        name, driver, memory = (part.strip() for part in (line.split(",") + ["", ""])[:3])
+        devices.append(Device(slug=cuda_slug(name), kind="cuda", name=name, detail=memory, driver=driver))
+    return tuple(devices)
+
+
+def _governor() -> str:
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"
+
+
+@cache
+def _git_sha() -> str:
+    root = Path(__file__).resolve().parents[2]
+    return _query("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else ""
+
+
+def _query(*command: str) -> str:
+    """Standard output of `command`, or nothing where it does not exist or fails: what it would tell is then unknown."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,146 @@
+"""The process that measures: reads one Request (JSON) from stdin, writes one Timing a line to stdout, and ends.
+
+Started fresh for every request by `measure.launch_worker`, so that nothing of an earlier measurement is left in its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lowsearch.arch import Arch, input_channels
+from lowsearch.errors import DeviceError, LowsearchError
+from lowsearch.latency.measure import Effort, Item, Request, Timing
+from lowsearch.latency.runtimes import Program, check_parity, check_supported, reference, runtime
+from lowsearch.latency.target import Device, Target, cuda_slug, load_average, require_attached
+from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer
+from lowsearch.model.blocks import build_block, randomise
+from lowsearch.model.lowformer import build_model
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the programs run on: where tensors are placed, and the clock that times them."""
+
+    torch_device: torch.device
+    timer: Timer
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """One item, compiled and checked, and what has been timed of it so far."""
+
+    item: Item
+    program: Program
+    parity: float
+    hot_ms: list[float] = field(default_factory=list)
+    cold_ms: list[float] = field(default_factory=list)
+    total_ms: float = 0.0
+    total_wall_ms: float = 0.0
+
+
+def open_bench(device: Device) -> Bench:
+    """The bench of an attached device."""
+    if device.kind == "cpu":
+        return Bench(torch.device("cpu"), CpuTimer())
+    for index in range(torch.cuda.device_count()):
+        if cuda_slug(torch.cuda.get_device_name(index)) == device.slug:
+            torch.cuda.set_device(index)
+            place = torch.device("cuda", index)
+            l2_bytes = torch.cuda.get_device_properties(index).L2_cache_size
+            evicting = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=place)
+            return Bench(place, CudaTimer(torch.cuda, index=index, evicting=evicting))
+    raise DeviceError(
+        f"device {device.slug} is attached, but this torch ({torch.__version__}) cannot use it", hint="install a torch built for CUDA"
+    )
+
+
+def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]:
+    """Measure every step of `request` on `bench`."""
+    check_supported(request.target, device.kind)
+    rng = np.random.default_rng(request.seed)
+    for step in request.steps:
+        yield from measure_step(step, request, bench, rng=rng)
+
+
+def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator) -> Iterator[Timing]:
+    """Prepare and check every item of `step`, then time them in interleaved rounds."""
+    prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
+    bench.timer.settle(prepared[0].program.run)
+    for _ in range(request.effort.rounds):
+        for index in rng.permutation(len(prepared)):
+            _time_round(prepared[index], bench.timer, request.effort)
+    load = load_average()
+    for one in prepared:
+        yield Timing(
+            item=one.item, process=request.process, hot_ms=tuple(one.hot_ms), cold_ms=tuple(one.cold_ms),
+            wall_over_cpu=round(one.total_wall_ms / one.total_ms, 4) if one.total_ms else 1.0, load_average=load,
+            parity=float(f"{one.parity:.1e}"),
+        )  # fmt: skip
+
+
+def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepared:
+    """Compile `item` with random weights, and refuse it where the runtime computes something else than torch."""
+    if isinstance(item, Arch):
+        module, channels, px, what = build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
+    else:
+        module, channels, px, what = build_block(item), input_channels(item), item.resolution_px, str(item)
+    module.eval()
+    # Random everywhere, ends that training starts at zero included: parity of an identity would prove nothing.
+    randomise(module, seed=seed)
+    x = torch.randn(target.batch, channels, px, px, generator=torch.Generator().manual_seed(seed))
+    expected = reference(module, x)
+    program = runtime(target.runtime).prepare(module, x, precision=target.precision, device=bench.torch_device)
+    return _Prepared(item, program, check_parity(program, expected, precision=target.precision, what=what))
+
+
+def _time_round(one: _Prepared, timer: Timer, effort: Effort) -> None:
+    run = one.program.run
+    for _ in range(effort.warmups - 1):
+        run()
+    once_ms = max(timer.time(run, repeats=1).ms, 1e-6)  # The last warm-up call also tells how many repeats a sample needs.
+    repeats = max(1, round(effort.sample_ms / once_ms))
+    n_samples = int(np.clip(effort.round_ms / (once_ms * repeats), effort.min_samples, effort.max_samples))
+    hot = [timer.time(run, repeats=repeats) for _ in range(n_samples)]
+    one.hot_ms.append(_quartile(sample.ms for sample in hot))
+    one.total_ms += sum(sample.ms for sample in hot)
+    one.total_wall_ms += sum(sample.wall_ms for sample in hot)
+    if not isinstance(one.item, Arch):
+        cold = []
+        for _ in range(effort.cold_samples):
+            timer.flush()
+            cold.append(timer.time(run, repeats=1).ms)
+        one.cold_ms.append(_quartile(cold))
+
+
+def _quartile(values: Iterator[float] | Sequence[float]) -> float:
+    """25th percentile, to 10 nanoseconds."""
+    return round(float(np.percentile(list(values), 25)), 5)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    # Results have the real stdout to themselves; anything a library prints goes to stderr.
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
+    request = Request.from_json(sys.stdin.read())
+    try:
+        device = require_attached(request.target)
+        for timing in serve(request, open_bench(device), device=device):
+            results.write(json.dumps(timing.to_dict()) + "\n")
+    except LowsearchError as error:
+        results.write(json.dumps({"error": type(error).__name__, "message": error.message, "hint": error.hint}) + "\n")
+    except BrokenPipeError:
+        os._exit(1)  # Nobody listens any more.
+
+
+if __name__ == "__main__":
+    main()
