@@ -1,0 +1,28 @@
+"""A linear model of accuracy learned from a study's own trials, for a sampler that is given no accuracy model."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.linear_model import BayesianRidge
+
+from lowsearch.search.estimates import Estimator
+
+
+class TrialSurrogate:
+    """Bayesian linear regression of a trial's accuracy on the space's features and the logarithms of MACs and parameters."""
+
+    def __init__(self, estimator: Estimator, genomes: np.ndarray, accuracies: np.ndarray) -> None:
+        self._estimator = estimator
+        features = self._raw(genomes)
+        self._shift, scale = features.mean(axis=0), features.std(axis=0)
+        self._scale = np.where(scale > 0, scale, 1.0)
+        self._model = BayesianRidge().fit((features - self._shift) / self._scale, accuracies)
+
+    def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, n_genes) -> mean (n,), standard deviation (n,)."""
+        mean, std = self._model.predict((self._raw(genomes) - self._shift) / self._scale, return_std=True)
+        return mean, std
+
+    def _raw(self, genomes: np.ndarray) -> np.ndarray:
+        costs = self._estimator.estimate(genomes).mean
+        return np.column_stack([self._estimator.space.features(genomes), np.log(costs["macs"]), np.log(costs["params"])])

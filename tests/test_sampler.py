@@ -1,0 +1,202 @@
+"""LowSearchSampler on the micro space with closed-form latency and accuracy: feasible, new, repeatable, and better than chance."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import optuna
+import pytest
+
+from lowsearch import cost
+from lowsearch.errors import StudyError, UsageError
+from lowsearch.search import pareto
+from lowsearch.search.objectives import parse_limits
+from lowsearch.search.sampler import Evolution, LowSearchSampler, gene_indices
+from lowsearch.space import SearchSpace
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+SPACE = SearchSpace.load("lowformer-micro")
+SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
+SMALL = Evolution(initial=512, parents=64, children=192, generations=6)
+
+
+class FakeLatency:
+    """0.05 ms plus 50 ns per thousand MACs, known to 5 %."""
+
+    def predict(self, genomes):
+        mean_ms = 0.05 + SCORE(genomes)[:, 0] / 2e7
+        return mean_ms, 0.05 * mean_ms
+
+
+class FakeAccuracy:
+    """Saturates in the MACs; a fixed direction in feature space says which of two equally large networks is better."""
+
+    def predict(self, genomes):
+        features = SPACE.features(genomes)
+        taste = features @ np.random.default_rng(1).normal(size=features.shape[1])
+        return 0.8 - 0.5 / (1 + SCORE(genomes)[:, 0] / 1e6) + 0.05 * np.tanh(taste / 10), np.full(len(genomes), 0.01)
+
+
+def make_sampler(**changes):
+    settings = {"latency": FakeLatency(), "accuracy": FakeAccuracy(), "seed": 0, "evolution": SMALL}
+    return LowSearchSampler(SPACE, **settings | changes)
+
+
+def truth(genomes, metrics):
+    sums = SCORE(genomes)
+    values = {
+        "accuracy": FakeAccuracy().predict(genomes)[0], "latency_ms": FakeLatency().predict(genomes)[0],
+        "macs": sums[:, 0], "params": sums[:, 1],
+    }  # fmt: skip
+    return np.stack([values[m] for m in metrics], axis=1)
+
+
+def run(sampler, n_trials, *, study=None, optuna_sampler=None):
+    """Optimise against the truth; returns the study and its genomes."""
+    study = study or optuna.create_study(directions=sampler.directions, sampler=optuna_sampler or sampler)
+    study.optimize(lambda trial: tuple(truth(sampler.suggest(trial)[None], sampler.objectives.metrics)[0]), n_trials=n_trials)
+    return study, np.array([[t.params[g.name] for g in SPACE.genes] for t in study.trials], dtype=np.int8)
+
+
+def volume(sampler, values):
+    return pareto.hypervolume(sampler.objectives.costs(np.asarray(values)), sampler._reference)
+
+
+def test_proposals_are_canonical_and_never_repeat():
+    _, genomes = run(make_sampler(), 15)
+    assert (SPACE.canonical(genomes) == genomes).all()
+    assert len(np.unique(genomes, axis=0)) == 15
+
+
+@pytest.mark.parametrize("accuracy", [FakeAccuracy(), None], ids=["with a model of accuracy", "learning from its own trials"])
+def test_twenty_five_proposals_beat_a_thousand_random_networks(accuracy):
+    sampler = make_sampler(accuracy=accuracy, evolution=Evolution(initial=1024, generations=10))
+    study, _ = run(sampler, 25)
+    random = truth(SPACE.sample(1000, rng=np.random.default_rng(0)), sampler.objectives.metrics)
+    assert volume(sampler, [t.values for t in study.trials]) > volume(sampler, random)
+
+
+@pytest.mark.parametrize("objectives", ["latency-params", "acc-latency-params", "acc-macs"])
+def test_other_objectives_beat_as_many_random_networks(objectives):
+    sampler = make_sampler(objectives=objectives)
+    study, genomes = run(sampler, 10)
+    random = truth(SPACE.sample(10, rng=np.random.default_rng(0)), sampler.objectives.metrics)
+    assert volume(sampler, [t.values for t in study.trials]) > volume(sampler, random)
+    assert len(np.unique(genomes, axis=0)) == 10
+
+
+def test_limits_hold_with_the_margin_of_the_prediction():
+    limits = parse_limits(maxima=["latency_ms=0.3", "params=120000"], minima=["macs=1.5e6"])
+    _, genomes = run(make_sampler(limits=limits), 12)
+    mean_ms, std_ms = FakeLatency().predict(genomes)
+    sums = SCORE(genomes)
+    assert (mean_ms + std_ms <= 0.3).all()
+    assert (sums[:, 1] <= 120_000).all()
+    assert (sums[:, 0] >= 1.5e6).all()
+
+
+def test_a_narrow_limit_that_random_sampling_misses_is_met_by_the_evolution():
+    limits = parse_limits(maxima=["macs=6.5e5"])
+    assert SCORE(SPACE.sample(5000, rng=np.random.default_rng(0)))[:, 0].min() > 6.5e5
+    genome = make_sampler(limits=limits, evolution=Evolution()).propose([], number=0)
+    assert SCORE(genome[None])[0, 0] <= 6.5e5
+
+
+def test_limits_that_no_network_keeps_are_an_error_that_says_what_is_in_reach():
+    sampler = make_sampler(limits=parse_limits(maxima=["latency_ms=0.01"]))
+    with pytest.raises(StudyError, match=r"latency_ms <= 0\.01.*random networks reach latency_ms 0\.\d+"):
+        sampler.propose([], number=0)
+
+
+def test_a_minimum_accuracy_steers_proposals_above_it():
+    limits = parse_limits(minima=["accuracy=0.7"])
+    _, genomes = run(make_sampler(limits=limits), 8)
+    mean, std = FakeAccuracy().predict(genomes)
+    assert (mean + 2 * std >= 0.7).all()
+
+
+def test_without_any_knowledge_proposals_fill_the_latency_axis():
+    sampler = make_sampler(accuracy=lambda: None)
+    _, genomes = run(sampler, 10)
+    log_ms = np.sort(np.log(FakeLatency().predict(genomes)[0]))
+    reference = sampler._reference[1]
+    assert (log_ms < reference).all()
+    span = reference - log_ms[0]
+    assert np.diff(np.append(log_ms, reference)).max() < span / 3
+
+
+def test_proposals_depend_only_on_seed_number_and_trials():
+    study, _ = run(make_sampler(), 3)
+    trials = study.get_trials()
+    first = make_sampler().propose(trials, number=3)
+    again = pickle.loads(pickle.dumps(make_sampler())).propose(trials, number=3)
+    assert (first == again).all()
+    assert (first != make_sampler(seed=1).propose(trials, number=3)).any()
+
+
+def test_a_study_stopped_and_resumed_with_a_new_sampler_proposes_the_same():
+    _, whole = run(make_sampler(), 6)
+    study, _ = run(make_sampler(), 3)
+    study.sampler = pickle.loads(pickle.dumps(make_sampler()))
+    _, resumed = run(make_sampler(), 3, study=study)
+    assert (whole == resumed).all()
+
+
+def test_a_used_sampler_can_be_pickled():
+    sampler = make_sampler()
+    sampler.propose([], number=0)
+    assert (pickle.loads(pickle.dumps(sampler)).propose([], number=1) == sampler.propose([], number=1)).all()
+
+
+def test_a_training_in_flight_is_not_proposed_again_and_its_gain_is_taken():
+    sampler = make_sampler(evolution=Evolution(explore=0.0))
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    in_flight = [sampler.suggest(study.ask()) for _ in range(3)]
+    assert len(np.unique(in_flight, axis=0)) == 3
+    costs = sampler.objectives.costs(truth(np.array(in_flight), sampler.objectives.metrics))
+    assert pareto.non_dominated(costs).all()
+
+
+def test_enqueued_networks_run_first_and_unchanged():
+    sampler = make_sampler()
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    family = np.stack([SPACE.encode(arch) for arch in SPACE.family.values()])
+    for genome in family:
+        study.enqueue_trial(gene_indices(genome, SPACE))
+    _, genomes = run(sampler, len(family) + 2, study=study)
+    assert (genomes[: len(family)] == family).all()
+
+
+@pytest.mark.parametrize(
+    "other", [optuna.samplers.RandomSampler(seed=0), optuna.samplers.TPESampler(seed=0), optuna.samplers.NSGAIISampler(seed=0)], ids=str
+)
+def test_its_trials_are_plain_parameters_for_every_optuna_sampler(other):
+    study, genomes = run(make_sampler(), 12, optuna_sampler=other)
+    assert SPACE.canonical(genomes).shape == (12, SPACE.n_genes)
+    study.sampler = make_sampler()
+    run(make_sampler(), 2, study=study)
+    assert len(study.trials) == 14
+
+
+def test_parameters_that_are_no_genes_are_drawn_repeatably():
+    def rates():
+        sampler = make_sampler()
+        study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+        return [study.ask().suggest_float("learning_rate", 0, 1) for _ in range(3)]
+
+    assert rates() == rates()
+    assert len(set(rates())) == 3
+
+
+def test_a_study_with_other_directions_is_refused():
+    sampler = make_sampler()
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    with pytest.raises(UsageError, match="directions are minimize, minimize"):
+        sampler.suggest(study.ask())
+
+
+def test_a_latency_objective_without_a_latency_model_is_refused():
+    with pytest.raises(UsageError, match="no latency model"):
+        LowSearchSampler(SPACE, latency=None)
+    LowSearchSampler(SPACE, latency=None, objectives="acc-macs").propose([], number=0)
