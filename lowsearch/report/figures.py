@@ -1,0 +1,182 @@
+"""The page's plots as Plotly figures. Colours are roles (`meta.role`) that the page fills in from its light or dark palette.
+
+Colour says where a network comes from; the shape of its marker says where its numbers come from. Latency is on a logarithmic axis in
+ms, accuracy in %, error bars are one standard error.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from lowsearch.report import tables
+from lowsearch.report.study_files import Network, StudyFiles
+
+SHAPES = {"measured": "circle", "table": "square", "predicted": "circle-open", "estimated": "diamond-open", "published": "star"}
+"""Marker of a network by the source of its latency."""
+LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"}
+
+
+def pareto_figure(study: StudyFiles, *, split: str) -> go.Figure:
+    """Accuracy against latency: the search's networks, the hand-made family, and what else the space holds.
+
+    `split` is `validation`, where everything can be drawn, or `test`, which only finally trained networks have.
+    """
+    accuracy = tables.Accuracy(split)
+    final = tables.finals_are_known(study)
+    final_ids = {network.arch_id for network in study.finalists}
+    candidates = [n for n in tables.scored_candidates(study) if n.arch_id not in final_ids]
+    front = tables.best_known_front(study)
+    shown = study.finalists if final else (*front, *(n for n in candidates if n.is_family and n not in front))
+    family, proposed = [n for n in shown if n.is_family], [n for n in shown if not n.is_family]
+    traces = [
+        _steps("Hand-made front", "family", tables.non_dominated(family), accuracy, dash="dot"),
+        _steps("Final front" if final else "Front so far", "front", front, accuracy),
+        _points(study, "Hand-made family", "family", family, accuracy, size=10, names=True),
+        _points(study, "Proposed by the search", "front", proposed, accuracy, size=10),
+    ]
+    if split == "validation":
+        others = [n for n in candidates if n not in shown]
+        traces = [
+            _points(study, "Random members (predicted)", "random", study.sample, accuracy, size=5, bars=False),
+            _points(study, "Candidates", "candidate", others, accuracy, size=6, bars=False),
+            *traces,
+        ]
+    traces = [trace for trace in traces if trace.x]
+    figure = go.Figure(traces)
+    limit_ms = tables.limits(study).limit_ms
+    if math.isfinite(limit_ms):
+        figure.add_shape(type="line", x0=limit_ms, x1=limit_ms, y0=0, y1=1, yref="paper", line={"width": 1, "dash": "dash"})
+        figure.add_annotation(
+            x=math.log10(limit_ms), y=1, yref="paper", text=f"limit {limit_ms:g} ms", showarrow=False, xanchor="left", yanchor="top"
+        )
+    figure.update_xaxes(_log_axis([x for trace in traces for x in trace.x or ()]))
+    return _styled(figure, x="Latency, ms", y=f"{split.capitalize()} accuracy, %", legend=LEGEND)
+
+
+def hypervolume_figure(study: StudyFiles) -> go.Figure:
+    """Hypervolume of everything known, over the time of the search in minutes."""
+    minutes = [point.elapsed_s / 60 for point in study.hypervolume]
+    figure = go.Figure(
+        go.Scatter(
+            x=minutes,
+            y=[point.hypervolume for point in study.hypervolume],
+            mode="lines",
+            line={"shape": "hv", "width": 2},
+            hovertemplate="%{x:.1f} min<br>hypervolume %{y:.4f}<extra></extra>",
+            meta={"role": "front"},
+        )
+    )
+    return _styled(figure, x="Minutes of search", y="Hypervolume")
+
+
+def cost_figure(study: StudyFiles) -> go.Figure:
+    """Latency against MACs, both logarithmic: how far a count of operations stands for time on this device."""
+    final_ids = {network.arch_id for network in study.finalists}
+    groups = {
+        "random": ("Random members", study.sample, 5),
+        "candidate": ("Candidates", [n for n in study.candidates if n.arch_id not in final_ids], 5),
+        "front": ("Proposed", [n for n in study.finalists if not n.is_family], 9),
+        "family": ("Hand-made", [n for n in study.finalists if n.is_family], 9),
+    }
+    traces = []
+    for role, (name, networks, size) in groups.items():
+        known = [n for n in networks if n.macs > 0 and n.latency_ms > 0]
+        places = {"x": [n.macs / 1e6 for n in known], "y": [n.latency_ms for n in known]}
+        traces.append(_markers(study, name, role, known, size=size).update(places))
+    traces = [trace for trace in traces if trace.x]
+    figure = go.Figure(traces)
+    figure.update_xaxes(_log_axis([x for trace in traces for x in trace.x or ()]))
+    figure.update_yaxes(_log_axis([y for trace in traces for y in trace.y or ()]))
+    return _styled(figure, x="MACs, millions", y="Latency, ms", legend=LEGEND)
+
+
+def _steps(name: str, role: str, front: Sequence[Network], accuracy: tables.Accuracy, dash: str = "solid") -> go.Scatter:
+    """The border of what `front` dominates, as a staircase."""
+    known = [network for network in front if math.isfinite(accuracy(network))]
+    return go.Scatter(
+        x=[network.latency_ms for network in known],
+        y=[100 * accuracy(network) for network in known],
+        name=name,
+        mode="lines",
+        line={"shape": "hv", "width": 2 if dash == "solid" else 1.5, "dash": dash},
+        hoverinfo="skip",
+        legendgroup=role if role == "family" else None,
+        showlegend=dash == "solid",  # The dotted line goes with the markers of its group.
+        meta={"role": role},
+    )
+
+
+def _points(
+    study: StudyFiles, name: str, role: str, networks: Sequence[Network], accuracy: tables.Accuracy,
+    *, size: int, bars: bool = True, names: bool = False,
+) -> go.Scatter:  # fmt: skip
+    known = [n for n in networks if math.isfinite(accuracy(n)) and n.latency_ms > 0]
+    trace = _markers(study, name, role, known, size=size)
+    trace.update(x=[n.latency_ms for n in known], y=[100 * accuracy(n) for n in known])
+    if names:
+        trace.update(mode="markers+text", text=[html.escape(n.name) for n in known], textposition="bottom right")
+    if bars:
+        trace.update(error_x=_bars([n.latency_std_ms for n in known]), error_y=_bars([100 * n.accuracy_std for n in known]))
+    return trace
+
+
+def _markers(study: StudyFiles, name: str, role: str, networks: Sequence[Network], *, size: int) -> go.Scatter:
+    """The markers of `networks`, still without their places."""
+    return go.Scatter(
+        name=name,
+        mode="markers",
+        marker={"size": size, "symbol": [_shape(n) for n in networks]},
+        hovertext=[_hover(study, n) for n in networks],
+        hovertemplate="%{hovertext}<extra></extra>",
+        customdata=[n.arch_id for n in networks],
+        legendgroup=role if role == "family" else None,
+        meta={"role": role},
+    )
+
+
+def _bars(stds: Sequence[float]) -> dict[str, object]:
+    return {"type": "data", "array": [std if math.isfinite(std) else 0 for std in stds], "thickness": 1, "width": 0}
+
+
+def _shape(network: Network) -> str:
+    return SHAPES.get(network.latency_source, "x")
+
+
+def _hover(study: StudyFiles, network: Network) -> str:
+    """What a pointer over a network shows; every text from a file is escaped, because Plotly reads markup in hover labels."""
+    lines = [f"<b>{html.escape(network.label or 'random member')}</b>"]
+    for word, value, source in tables.number_rows(network):
+        lines.append(f"{word} {value}" + (f" ({html.escape(source)})" if source else ""))
+    known = study.networks.get(network.arch_id)
+    if known:
+        lines += html.escape(tables.short_description(known["arch"])).split(", ")
+    return "<br>".join(lines)
+
+
+def _styled(figure: go.Figure, *, x: str, y: str, legend: dict[str, object] | None = None) -> go.Figure:
+    figure.update_layout(
+        template="none",
+        margin={"l": 56, "r": 16, "t": 8, "b": 48},
+        showlegend=legend is not None,
+        legend=legend,
+        hovermode="closest",
+        hoverlabel={"align": "left"},
+        dragmode="zoom",
+        clickmode="event",
+    )
+    figure.update_xaxes(title=x, zeroline=False, automargin=True)
+    figure.update_yaxes(title=y, zeroline=False, automargin=True)
+    return figure
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, object]:
+    """A logarithmic axis for `values`, with whole numbers as labels: plotly's own ticks of a short logarithmic axis are single digits."""
+    low, high = min(values, default=1), max(values, default=1)
+    digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high / low < 12 else (1, 2, 3, 5) if high / low < 60 else (1, 3)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

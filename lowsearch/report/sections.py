@@ -1,0 +1,430 @@
+"""The page's sections as HTML, top to bottom. Every text that comes from a study's files is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from lowsearch import __version__
+from lowsearch.report import tables
+from lowsearch.report.study_files import Network, StudyFiles
+from lowsearch.report.tables import Estimate, FamilyComparison, duration, milliseconds, percent, plus_minus
+
+SOURCES = {
+    "measured": "timed on the device itself, in fresh processes, as a whole network or as a single block",
+    "table": "from a latency table that was measured elsewhere; the device is not attached here",
+    "predicted": "from a model: the sum over the network's blocks with a fitted correction, or what a short training points to",
+    "estimated": "from a formula, without a measurement behind it",
+    "trained": "accuracy of weights that were trained here on the full schedule, with a fresh seed for the final networks",
+    "published": "copied from a paper or model card",
+}
+PHASES = {"profile": "profile the device", "calibrate": "calibrate", "search": "search", "finals": "train and re-measure the front"}
+SHAPES = {
+    "measured": '<circle cx="6" cy="6" r="5" fill="currentColor"/>',
+    "table": '<rect x="1" y="1" width="10" height="10" fill="currentColor"/>',
+    "predicted": '<circle cx="6" cy="6" r="4.6" fill="none" stroke="currentColor" stroke-width="1.4"/>',
+    "estimated": '<path d="M6 1 11 6 6 11 1 6Z" fill="none" stroke="currentColor" stroke-width="1.4"/>',
+}
+"""The markers of `figures.SHAPES`, for the legend under the plot."""
+
+
+def body(study: StudyFiles) -> str:
+    """Everything between <body> and the scripts."""
+    sections = (_key_figures, _front, _family, _background, _networks, _next_steps, _reading)
+    inside = "\n".join(html for html in (section(study) for section in sections) if html)
+    written = f"Written by lowsearch {escape(__version__)} from the files of study {escape(study.name)}."
+    return f"""{_header(study)}
+<main>
+{inside}
+</main>
+<footer>{written} This page is self-contained and loads nothing from the network.</footer>"""
+
+
+# ---- header: what was searched, under which circumstances, and where the time went
+
+
+def _header(study: StudyFiles) -> str:
+    words = {"acc": "accuracy", "latency": "latency", "macs": "MACs", "params": "parameters"}
+    objectives = [words.get(name, name) for name in str(study.settings.get("objective", "")).split("-")]
+    lead = (
+        f"Networks from the space <b>{escape(_setting(study, 'space'))}</b> searched for {escape(' and '.join(objectives))}"
+        f" on <b>{escape(_device(study))}</b> with <b>{escape(_setting(study, 'runtime'))}</b>."
+    )
+    return f"""<header class="top">
+<div class="titlebar"><div><p class="eyebrow">lowsearch study</p><h1>{escape(study.name)}</h1></div>
+<button type="button" class="quiet" id="theme">Dark theme</button></div>
+<p class="lead">{lead}</p>
+{_progress_notice(study)}
+<dl class="facts">{"".join(_fact(*fact) for fact in facts(study))}</dl>
+{_spent(study)}
+<noscript><p class="notice">The plots and the network panel need JavaScript; the tables do not.</p></noscript>
+</header>"""
+
+
+def facts(study: StudyFiles) -> list[tuple[str, str, str]]:
+    """The study's circumstances as (word, value, detail); those that study.yaml does not hold are left out."""
+    get = study.settings.get
+    size, images, versions, threads = get("space_size"), get("images") or {}, get("versions") or {}, get("threads")
+    others = [f"{name} {version}" for name, version in versions.items() if name != "lowsearch"]
+    rows = [
+        ("Device", _device(study), _setting(study, "device") if get("device_name") else ""),
+        ("Runtime", _joined(get("runtime"), get("precision")), ""),
+        ("Batch and threads", _joined(_with("batch ", get("batch")), _with("", threads, " thread" if threads == 1 else " threads")), ""),
+        ("Search space", _setting(study, "space"), f"{size:.2g} networks" if isinstance(size, int | float) else ""),
+        ("Data", _setting(study, "data"), ", ".join(f"{n:,} {split}" for split, n in images.items())),
+        ("Objective", _setting(study, "objective"), ", ".join(map(str, get("limits") or ()))),
+        ("Sampler and seed", _joined(get("sampler"), _with("seed ", get("seed"))), ""),
+        ("Started", _setting(study, "created")[:16].replace("T", " "), ""),
+        ("Versions", _with("lowsearch ", versions.get("lowsearch")), _joined(*others)),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _setting(study: StudyFiles, name: str) -> str:
+    value = study.settings.get(name)
+    return "" if value is None else str(value)
+
+
+def _device(study: StudyFiles) -> str:
+    return _setting(study, "device_name") or _setting(study, "device")
+
+
+def _with(before: str, value: object, after: str = "") -> str:
+    return "" if value is None else f"{before}{value}{after}"
+
+
+def _joined(*parts: object) -> str:
+    return " · ".join(str(part) for part in parts if part not in (None, ""))
+
+
+def _fact(word: str, value: str, detail: str) -> str:
+    small = f"<small>{escape(detail)}</small>" if detail else ""
+    return f"<div><dt>{escape(word)}</dt><dd>{escape(value)}{small}</dd></div>"
+
+
+def _progress_notice(study: StudyFiles) -> str:
+    if tables.finals_are_known(study):
+        return ""
+    scored = len(tables.scored_candidates(study))
+    text = (
+        f"This study is not finished: {scored} networks have a score so far, and the front has not had its final training and measurement."
+    )
+    if study.missing:
+        text += f" Not there yet: {', '.join(study.missing)}."
+    return f'<p class="notice">{escape(text)} <code>lowsearch run --study {escape(study.name)}</code> continues it.</p>'
+
+
+def _spent(study: StudyFiles) -> str:
+    spent = {phase: seconds for phase, seconds in tables.spent_seconds(study).items() if seconds > 0}
+    if not spent:
+        return ""
+    bars = "".join(f'<i style="flex:{seconds:.3f}"></i>' for seconds in spent.values())
+    items = [
+        ("in all", duration(sum(spent.values()))),
+        *((PHASES.get(phase, phase), duration(seconds)) for phase, seconds in spent.items()),
+    ]
+    budget = _setting(study, "budget")
+    items += [("budget of the search", budget)] if budget else []
+    lines = "".join(f"<li>{escape(word)} <b>{escape(value)}</b></li>" for word, value in items)
+    return f'<div class="spent"><div class="track">{bars}</div><ul>{lines}</ul></div>'
+
+
+# ---- key figures
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One key figure: a word, a number, what stands small beside it, and a line of explanation."""
+
+    word: str
+    value: str
+    beside: str
+    explanation: str
+
+
+def key_figures(study: StudyFiles) -> list[Card]:
+    """The first numbers of the page; none before the final training is done."""
+    if not tables.finals_are_known(study):
+        return []
+    cards = [
+        _front_card(tables.final_front(study)),
+        _hypervolume_card(study),
+        *_comparison_cards(tables.against_family(study)),
+        _limit_card(study),
+    ]
+    return [card for card in cards if card is not None]
+
+
+def _key_figures(study: StudyFiles) -> str:
+    def html(card: Card) -> str:
+        beside = f" <small>{escape(card.beside)}</small>" if card.beside else ""
+        value = f'<div class="value">{escape(card.value)}{beside}</div>'
+        return f'<div class="card"><h3>{escape(card.word)}</h3>{value}<p>{escape(card.explanation)}</p></div>'
+
+    cards = key_figures(study)
+    return f'<div class="figures">{"".join(map(html, cards))}</div>' if cards else ""
+
+
+def _front_card(front: Sequence[Network]) -> Card:
+    accuracy = tables.comparable_accuracy(*front)
+    values = sorted(accuracy(network) for network in front)
+    if not values:
+        return Card("Points on the front", "0", "", "no network qualified")
+    latency = f"{milliseconds(front[0].latency_ms)} to {milliseconds(front[-1].latency_ms)}"
+    return Card(
+        "Points on the front", str(len(front)), "", f"{latency}, {percent(values[0])} to {percent(values[-1])} {accuracy.split} accuracy"
+    )
+
+
+def _hypervolume_card(study: StudyFiles) -> Card | None:
+    volumes = tables.hypervolumes(study)
+    if volumes is None:
+        return None
+    change = percent(volumes.proposed / volumes.family - 1, signed=True) if volumes.family > 0 else ""
+    against = f"of the proposed networks; {volumes.family:.3f} of the hand-made family, {volumes.where}"
+    return Card("Hypervolume", f"{volumes.proposed:.3f}", change, against)
+
+
+def _comparison_cards(comparisons: Sequence[FamilyComparison]) -> list[Card]:
+    if not comparisons:
+        return []
+    gain, n_gain = tables.gain_at_equal_latency(comparisons)
+    change, n_change = tables.change_at_equal_accuracy(comparisons)
+    beaten = sum(comparison.beaten_by is not None for comparison in comparisons)
+    family = f"of {len(comparisons)} hand-made networks"
+    cards = []
+    if n_gain:
+        mean = f"mean over the {n_gain} {family} that a proposed one is at least as fast as"
+        cards.append(Card("Accuracy at equal latency", percent(gain.value, signed=True).removesuffix(" %"), f"{_error(gain)} points", mean))
+    if n_change:
+        mean = f"mean over the {n_change} {family} that a proposed one is at least as accurate as"
+        cards.append(Card("Latency at equal accuracy", percent(change.value, signed=True), f"{_error(change)} %", mean))
+    by = "by a network more than two standard errors better in both axes"
+    return [*cards, Card("Hand-made networks beaten", str(beaten), f"of {len(comparisons)}", by)]
+
+
+def _error(estimate: Estimate) -> str:
+    return plus_minus(100 * estimate.std, 1).strip()
+
+
+def _limit_card(study: StudyFiles) -> Card | None:
+    limits, errors = tables.limits(study), tables.prediction_error(study)
+    worst_off = f"worst {percent(errors.worst)}"
+    if limits.n_limited:
+        excess = f"worst {percent(limits.worst_excess, signed=True)} against {limits.limit_ms:g} ms"
+        off = f"; re-measured latency is {percent(errors.median)} off its prediction (median), {worst_off}" if errors.n_networks else ""
+        return Card("Broke the latency limit", str(limits.n_broken), f"of {limits.n_limited}", excess + off)
+    if errors.n_networks:
+        median = f"median of {errors.n_networks} re-measured networks, {worst_off}; no latency limit was set"
+        return Card("Latency off its prediction", percent(errors.median), "", median)
+    return None
+
+
+# ---- the front, the family
+
+
+def _front(study: StudyFiles) -> str:
+    note = (
+        "Final networks were trained on the full schedule with fresh seeds and timed again in fresh processes. "
+        "The front was chosen on validation images; test images were read once, afterwards."
+        if tables.finals_are_known(study)
+        else "Scores of the search so far; nothing here has had its final training."
+    )
+    switch = ""
+    if tables.test_was_read(study):
+        pressed = {"validation": "true", "test": "false"}
+        buttons = [f'<button type="button" data-split="{s}" aria-pressed="{p}">{s.capitalize()}</button>' for s, p in pressed.items()]
+        switch = f'<div class="switch" role="group" aria-label="Accuracy on">{"".join(buttons)}</div>'
+    used = _latency_sources(study)
+    shapes = [f'<li><svg viewBox="0 0 12 12" aria-hidden="true">{shape}</svg>latency {s}</li>' for s, shape in SHAPES.items() if s in used]
+    return f"""<section><h2>Accuracy against latency</h2><p class="note">{note} Choose a point to see the network.</p>
+<div class="explore">
+<div class="card plotcard"><div class="plotbar"><span class="note">Bars are one standard error.</span>{switch}</div>
+<div class="plot" id="pareto"></div><ul class="shapes">{"".join(shapes)}</ul></div>
+<div class="card panel" id="panel" aria-live="polite"><p class="note">Choose a point of the plot.</p></div>
+</div></section>"""
+
+
+def _latency_sources(study: StudyFiles) -> set[str]:
+    return {network.latency_source for network in (*study.sample, *study.candidates, *study.finalists)}
+
+
+def _family(study: StudyFiles) -> str:
+    comparisons = tables.against_family(study)
+    if not comparisons:
+        return ""
+    note = (
+        "Each hand-made network beside the proposed ones nearest to it: the most accurate that is not slower, and the fastest that is not "
+        "less accurate. Both were picked on validation images; the differences are on test images where those were read."
+    )
+    columns = [
+        ("Hand-made network", ""), ("Latency", "number"), ("Accuracy", "number"), ("At equal latency", ""), ("Points", "number"),
+        ("At equal accuracy", ""), ("Latency change", "number"), ("Beaten", ""),
+    ]  # fmt: skip
+    rows = "".join(_family_row(study, comparison) for comparison in comparisons)
+    return _table_section("Against the hand-made family", note, _head(columns), rows)
+
+
+def _family_row(study: StudyFiles, comparison: FamilyComparison) -> str:
+    member, gain, change = comparison.member, comparison.accuracy_gain, comparison.latency_change
+    faster, as_good, beaten_by = comparison.at_equal_latency, comparison.at_equal_accuracy, comparison.beaten_by
+    accuracy = tables.comparable_accuracy(*study.finalists)
+    cells = [
+        _cell(_dotted(study, member)),
+        _cell(milliseconds(member.latency_ms, member.latency_std_ms), "number"),
+        _cell(percent(accuracy(member), member.accuracy_std), "number"),
+        _cell(_dotted(study, faster) if faster else "all are slower"),
+        _cell(percent(gain.value, gain.std, signed=True).removesuffix(" %"), f"number {_tone(gain.value, gain.std)}"),
+        _cell(_dotted(study, as_good) if as_good else "none as accurate"),
+        _cell(percent(change.value, change.std, signed=True), f"number {_tone(-change.value, change.std)}"),
+        _cell(f"by {_choice(study, beaten_by)}" if beaten_by else "no"),
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _tone(gain: float, std: float) -> str:
+    """Colour of a difference that its own error does not explain."""
+    if not abs(gain) > tables.STANDARD_ERRORS_TO_BEAT * std:
+        return ""
+    return "good" if gain > 0 else "bad"
+
+
+# ---- hypervolume, MACs
+
+
+def _background(study: StudyFiles) -> str:
+    cards = []
+    if study.hypervolume:
+        note = (
+            "What the networks known so far dominate, up to the study's fixed reference point, on validation images with latency in log ms."
+        )
+        cards.append(_plot_card("Hypervolume over time", note, "hypervolume"))
+    cost = tables.cost_against_latency(tables.cost_networks(study))
+    if cost is not None:
+        note = (
+            f"Over {cost.n_networks} members of the space, MACs rank {cost.source} latency with Spearman {cost.spearman:.3f}. "
+            f"Networks of equal MACs (within 5 %) still differ by up to {cost.largest_ratio:.2f} times."
+        )
+        cards.append(_plot_card("MACs against latency", note, "cost"))
+    return f'<section class="pair">{"".join(cards)}</section>' if cards else ""
+
+
+def _plot_card(title: str, note: str, name: str) -> str:
+    heading = f'<h2>{title}</h2><p class="note">{escape(note)}</p>'
+    return f'<div class="card plotcard">{heading}<div class="plot small" id="{name}"></div></div>'
+
+
+# ---- the networks as a table
+
+
+def _networks(study: StudyFiles) -> str:
+    networks = study.finalists or tables.scored_candidates(study)
+    if not networks:
+        return ""
+    title = "Final networks" if tables.finals_are_known(study) else "Candidates so far"
+    note = "Click a heading to sort, a name to see the network."
+    origins = sorted({network.accuracy_std_origin for network in networks} - {""})
+    if origins:
+        note += f" Standard errors of accuracy are from {escape(', '.join(origins))}."
+    columns = [
+        ("Network", ""), ("Origin", ""), ("On front", ""), ("Test accuracy", "number"), ("Validation accuracy", "number"),
+        ("Latency", "number"), ("Predicted latency", "number"), ("Sources", ""), ("MACs", "number"), ("Parameters", "number"),
+        ("Pixels", "number"),
+    ]  # fmt: skip
+    front = {network.arch_id for network in tables.best_known_front(study)}
+    by_latency = sorted(networks, key=lambda network: network.latency_ms)
+    rows = "".join(_network_row(study, network, on_front=network.arch_id in front) for network in by_latency)
+    return _table_section(title, note, _head(columns, sortable=True), rows, style=' class="sortable"')
+
+
+def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
+    cells = [
+        _cell(_dotted(study, network), value=network.label),
+        _cell(escape(network.origin)),
+        _cell("yes" if on_front else ""),
+        _cell(percent(network.test_accuracy, network.accuracy_std), "number", network.test_accuracy),
+        _cell(percent(network.val_accuracy, network.accuracy_std), "number", network.val_accuracy),
+        _cell(milliseconds(network.latency_ms, network.latency_std_ms), "number", network.latency_ms),
+        _cell(milliseconds(network.predicted_latency_ms), "number", network.predicted_latency_ms),
+        _cell(escape(", ".join(filter(None, (network.accuracy_source, network.latency_source)))), "mark"),
+        _cell(tables.count(network.macs), "number", network.macs),
+        _cell(tables.count(network.params), "number", network.params),
+        _cell(tables.count(network.resolution_px), "number", network.resolution_px),
+    ]
+    return f'<tr data-arch="{escape(network.arch_id)}">{"".join(cells)}</tr>'
+
+
+def _choice(study: StudyFiles, network: Network) -> str:
+    """The network's name, as a button that shows it where its stages are known."""
+    label = escape(network.label)
+    if network.arch_id not in study.networks:
+        return label
+    return f'<button type="button" class="link" data-choose="{escape(network.arch_id)}">{label}</button>'
+
+
+def _dotted(study: StudyFiles, network: Network) -> str:
+    """The network's name behind the colour that it has in the plots."""
+    return f'<span class="dot{" family" if network.is_family else ""}"></span>{_choice(study, network)}'
+
+
+def _table_section(title: str, note: str, head: str, rows: str, *, style: str = "") -> str:
+    table = f"<table{style}><thead>{head}</thead><tbody>{rows}</tbody></table>"
+    return f'<section><h2>{title}</h2><p class="note">{note}</p>\n<div class="card scroll">{table}</div></section>'
+
+
+def _head(columns: Sequence[tuple[str, str]], *, sortable: bool = False) -> str:
+    def head(word: str, style: str) -> str:
+        inside = f'<button type="button">{word}</button>' if sortable else word
+        return f'<th scope="col" class="{style}">{inside}</th>'
+
+    return f"<tr>{''.join(head(*column) for column in columns)}</tr>"
+
+
+def _cell(content: str, style: str = "", value: float | str | None = None) -> str:
+    """A table cell; `content` is markup. `value` is what the column sorts by, empty where it is not known."""
+    sorts_by = (f"{value:.9g}" if math.isfinite(value) else "") if isinstance(value, int | float) else value
+    attributes = f' class="{style.strip()}"' if style.strip() else ""
+    attributes += f' data-value="{escape(sorts_by)}"' if sorts_by is not None else ""
+    return f"<td{attributes}>{content}</td>"
+
+
+# ---- how to go on, how to read
+
+
+def next_steps(study: StudyFiles) -> list[tuple[str, str]]:
+    """What to do with a network of this study, as (what, command); ARCH_ID stands for the chosen network."""
+    return [
+        ("Train it longer, or on data of your own", f"lowsearch train {study.name} --arch ARCH_ID"),
+        ("Export it", f"lowsearch export {study.name} --arch ARCH_ID --format onnx"),
+        ("Search on: the same study with more time", f"lowsearch run --study {study.name} --budget 30m"),
+    ]
+
+
+def _next_steps(study: StudyFiles) -> str:
+    def html(what: str, command: str) -> str:
+        text = escape(command)
+        line = f'<pre data-command="{text}">{text}</pre><button type="button" class="quiet" data-copy>Copy</button>'
+        return f'<div class="step"><p>{escape(what)}</p><div class="command">{line}</div></div>'
+
+    note = 'The commands are for <b id="chosen-name">the chosen network</b>.'
+    steps = "".join(html(*step) for step in next_steps(study))
+    return f'<section><h2>Go on from here</h2><p class="note">{note}</p>\n<div class="card go">{steps}</div></section>'
+
+
+def _reading(study: StudyFiles) -> str:
+    used = _latency_sources(study) | {n.accuracy_source for n in (*study.finalists, *study.candidates, *study.sample)}
+    words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in SOURCES.items() if word in used)
+    return f"""<section><h2>How to read this page</h2>
+<p class="note">Latency is the time of one forward pass at the stated batch. In stage tables ×4 is an expansion and g2 means two groups;
+Lowtention ÷2 runs at half the resolution, c0.5 at half the channels. The front is the set of networks that no other beats in all objectives.</p>
+<details><summary>Where each number is from</summary><dl>{words}</dl></details>
+<details><summary>All settings of the study</summary><pre>{escape(_as_yaml(study.settings))}</pre></details></section>"""
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,233 @@
+"""A study's plain files as values: what `lowsearch run` leaves in studies/NAME/, without Optuna, torch or drawing.
+
+A study in progress has written only some of the files. A missing file is an empty tuple here and is named in `StudyFiles.missing`; a
+damaged one raises StudyError with the file, the line and the column. Numbers that a row does not give are NaN.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lowsearch.errors import StudyError
+
+NAN = float("nan")
+FAMILY = "family"
+"""`Network.origin` of the hand-made members; every other origin is the search's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """One row of candidates.csv, finalists.csv, front.csv or space_sample.csv. Accuracies are fractions."""
+
+    arch_id: str = ""
+    name: str = ""
+    origin: str = ""
+    state: str = ""
+    rung: float = NAN
+    """Fraction of the full training schedule that the accuracy comes from."""
+    val_accuracy: float = NAN
+    test_accuracy: float = NAN
+    accuracy_std: float = NAN
+    accuracy_std_origin: str = ""
+    accuracy_source: str = ""
+    latency_ms: float = NAN
+    latency_std_ms: float = NAN
+    latency_source: str = ""
+    predicted_latency_ms: float = NAN
+    limit_ms: float = NAN
+    over_limit: bool = False
+    macs: float = NAN
+    params: float = NAN
+    resolution_px: float = NAN
+    on_front: bool = False
+    weights: str = ""
+    elapsed_s: float = NAN
+
+    @property
+    def is_family(self) -> bool:
+        return self.origin == FAMILY
+
+    @property
+    def label(self) -> str:
+        """The name of a named network, else its arch_id."""
+        return self.name or self.arch_id
+
+
+@dataclass(frozen=True, slots=True)
+class HypervolumePoint:
+    """The hypervolume of everything known `elapsed_s` seconds into the search, after trial number `trial`."""
+
+    elapsed_s: float
+    trial: float
+    hypervolume: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyFiles:
+    """Everything the report reads of one study."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    candidates: tuple[Network, ...] = ()
+    finalists: tuple[Network, ...] = ()
+    front: tuple[Network, ...] = ()
+    sample: tuple[Network, ...] = ()
+    hypervolume: tuple[HypervolumePoint, ...] = ()
+    networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """arch_id -> {arch: Arch.to_dict(), blocks: [{place, kind, ms, source, macs, params}]}"""
+    missing: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.settings.get("name") or self.folder.resolve().name)
+
+
+def read_study(folder: Path) -> StudyFiles:
+    """The files of the study in `folder`. Raises StudyError where there is no study, or where a file is damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StudyError(f"no study at {folder}", hint="lowsearch run --objective acc-latency --study NAME")
+    if not (folder / "study.yaml").exists():
+        raise StudyError(f"{folder} holds no study.yaml, so it is not a study", hint=f"lowsearch run --study {folder.name}")
+    missing: list[str] = []
+
+    def read_csv(name: str) -> tuple[Network, ...]:
+        return tuple(_table(folder / name, _network, missing))
+
+    return StudyFiles(
+        folder=folder,
+        settings=_settings(folder / "study.yaml"),
+        candidates=read_csv("candidates.csv"),
+        finalists=read_csv("finalists.csv"),
+        front=read_csv("front.csv"),
+        sample=read_csv("space_sample.csv"),
+        hypervolume=tuple(_table(folder / "hypervolume.csv", _hypervolume_point, missing)),
+        networks=_networks(folder / "networks.json", missing),
+        missing=tuple(missing),
+    )
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise StudyError(f"{path} holds {type(values).__name__}, expected a mapping of settings")
+    return values
+
+
+def _networks(path: Path, missing: list[str]) -> Mapping[str, Mapping[str, Any]]:
+    if not path.exists():
+        missing.append(path.name)
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not JSON: {error}", hint=_again(path)) from error
+    if not isinstance(values, dict) or not all(isinstance(v, dict) and {"arch", "blocks"} <= v.keys() for v in values.values()):
+        raise StudyError(f"{path}: expected a mapping of arch_id to arch and blocks", hint=_again(path))
+    return values
+
+
+_Line = TypeVar("_Line")
+
+
+def _table(path: Path, parse: Callable[[_Row], _Line], missing: list[str]) -> Iterable[_Line]:
+    if not path.exists():
+        missing.append(path.name)
+        return
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file, strict=True)
+            for values in lines:
+                if None in values or None in values.values():
+                    raise StudyError(f"{path}, line {lines.line_num}: expected {len(lines.fieldnames or ())} values", hint=_again(path))
+                yield parse(_Row(path, lines.line_num, values))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not a CSV table: {error}", hint=_again(path)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of a CSV file; its readers say where a value that does not fit stands."""
+
+    path: Path
+    line: int
+    values: Mapping[str, str]
+
+    def text(self, column: str) -> str:
+        return self.values.get(column) or ""
+
+    def number(self, column: str, *, least: float = -math.inf) -> float:
+        text = self.text(column)
+        if not text:
+            return NAN
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.inf
+        # NaN is how a writer says "not known"; an infinite or negative time is a damaged file.
+        if math.isnan(value):
+            return NAN
+        if math.isinf(value) or value < least:
+            raise self.error(column, f"a number of at least {least:g}" if math.isfinite(least) else "a number")
+        return value
+
+    def fraction(self, column: str) -> float:
+        value = self.number(column)
+        if value < 0 or value > 1:
+            raise self.error(column, "a fraction between 0 and 1")
+        return value
+
+    def flag(self, column: str) -> bool:
+        text = self.text(column).lower()
+        if text not in ("", "true", "false", "1", "0"):
+            raise self.error(column, "true or false")
+        return text in ("true", "1")
+
+    def error(self, column: str, expected: str) -> StudyError:
+        return StudyError(f"{self.path}, line {self.line}: {column} is {self.text(column)!r}, expected {expected}", hint=_again(self.path))
+
+
+def _network(row: _Row) -> Network:
+    return Network(
+        arch_id=row.text("arch_id"),
+        name=row.text("name"),
+        origin=row.text("origin"),
+        state=row.text("state"),
+        rung=row.fraction("rung"),
+        val_accuracy=row.fraction("val_accuracy"),
+        test_accuracy=row.fraction("test_accuracy"),
+        accuracy_std=row.number("accuracy_std", least=0),
+        accuracy_std_origin=row.text("accuracy_std_origin"),
+        accuracy_source=row.text("accuracy_source"),
+        latency_ms=row.number("latency_ms", least=0),
+        latency_std_ms=row.number("latency_std_ms", least=0),
+        latency_source=row.text("latency_source"),
+        predicted_latency_ms=row.number("predicted_latency_ms", least=0),
+        limit_ms=row.number("limit_ms", least=0),
+        over_limit=row.flag("over_limit"),
+        macs=row.number("macs", least=0),
+        params=row.number("params", least=0),
+        resolution_px=row.number("resolution_px", least=0),
+        on_front=row.flag("on_front"),
+        weights=row.text("weights"),
+        elapsed_s=row.number("elapsed_s", least=0),
+    )
+
+
+def _hypervolume_point(row: _Row) -> HypervolumePoint:
+    return HypervolumePoint(row.number("elapsed_s", least=0), row.number("trial", least=0), row.number("hypervolume", least=0))
+
+
+def _again(path: Path) -> str:
+    return f"lowsearch run --study {path.parent.name}   continues the study and writes its files again"

@@ -1,0 +1,447 @@
+"""What the page says, as plain values and tables: the half of the report that draws nothing.
+
+Everything is computed from `StudyFiles`. Uncertainties are one standard error; where one network enters a mean several times its error
+is counted with its full weight. Networks are compared on test accuracy where both have one. Which networks are compared was decided on
+validation accuracy, so the comparison does not flatter the winner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowsearch.report.study_files import NAN, Network, StudyFiles
+from lowsearch.search import pareto
+
+MEASURED = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How to read a network's accuracy: on the images of `split`."""
+
+    split: str
+
+    def __call__(self, network: Network) -> float:
+        return network.test_accuracy if self.split == "test" else network.val_accuracy
+
+
+ON_VALIDATION, ON_TEST = Accuracy("validation"), Accuracy("test")
+STANDARD_ERRORS_TO_BEAT = 2.0
+"""A hand-made network counts as beaten where one network is better by more than this in both accuracy and latency."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its standard error (NaN where that is not known)."""
+
+    value: float
+    std: float = NAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyComparison:
+    """One hand-made network against the networks that the search proposed."""
+
+    member: Network
+    at_equal_latency: Network | None
+    """The most accurate proposed network (validation) that is not slower; None where every one is slower."""
+    accuracy_gain: Estimate
+    """Accuracy of `at_equal_latency` minus the member's, as a fraction."""
+    at_equal_accuracy: Network | None
+    """The fastest proposed network that is not less accurate (validation); None where none is."""
+    latency_change: Estimate
+    """Latency of `at_equal_accuracy` over the member's, minus 1."""
+    beaten_by: Network | None
+    """A proposed network better by more than two standard errors in both axes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How the latency limit held once the networks were measured again."""
+
+    n_limited: int
+    """Networks that had a limit."""
+    n_broken: int
+    worst_excess: float
+    """Largest measured latency over its limit, minus 1; NaN where no network had a limit."""
+    limit_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionError:
+    """Measured latency of networks against the prediction that the search used."""
+
+    n_networks: int
+    median: float
+    """Median of |measured / predicted - 1|."""
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostAgainstLatency:
+    """How well a count of operations ranks latency over the same networks."""
+
+    spearman: float
+    n_networks: int
+    source: str
+    largest_ratio: float
+    """Largest ratio of latencies between two of them whose MACs differ by at most 5 %."""
+
+
+def finals_are_known(study: StudyFiles) -> bool:
+    """Whether the final training and measurement of the front is done."""
+    return bool(study.finalists)
+
+
+def test_was_read(study: StudyFiles) -> bool:
+    """Whether final networks have an accuracy on test images."""
+    return any(math.isfinite(network.test_accuracy) for network in study.finalists)
+
+
+def cost_networks(study: StudyFiles) -> tuple[Network, ...]:
+    """The networks that say how well MACs stand for latency: random members of the space, else the candidates."""
+    return study.sample or study.candidates
+
+
+def final_front(study: StudyFiles) -> list[Network]:
+    """The front after its final training and measurement, fastest first."""
+    rows = study.front or tuple(network for network in study.finalists if network.on_front)
+    return sorted(rows, key=lambda network: network.latency_ms)
+
+
+def scored_candidates(study: StudyFiles) -> list[Network]:
+    """The candidates with an accuracy from the search, one row per network: the furthest rung it reached."""
+    furthest: dict[str, Network] = {}
+    for network in study.candidates:
+        if math.isfinite(network.val_accuracy) and math.isfinite(network.latency_ms):
+            held = furthest.get(network.arch_id)
+            if held is None or not network.rung < held.rung:
+                furthest[network.arch_id] = network
+    return list(furthest.values())
+
+
+def non_dominated(networks: Sequence[Network]) -> list[Network]:
+    """The networks that no other beats in latency and validation accuracy, fastest first."""
+    mask = pareto.non_dominated(costs(networks, ON_VALIDATION))
+    return sorted((network for network, kept in zip(networks, mask, strict=True) if kept), key=lambda network: network.latency_ms)
+
+
+def costs(networks: Sequence[Network], accuracy: Accuracy) -> np.ndarray:
+    """(n, 2): accuracy negated and log ms, the scale of every hypervolume of a study of accuracy and latency."""
+    return np.array([(-accuracy(network), math.log(network.latency_ms)) for network in networks]).reshape(-1, 2)
+
+
+def best_known_front(study: StudyFiles) -> list[Network]:
+    """The final front, or before there is one the front of the candidates scored so far."""
+    return final_front(study) if finals_are_known(study) else non_dominated(scored_candidates(study))
+
+
+def comparable_accuracy(*networks: Network) -> Accuracy:
+    """How to read accuracy so that `networks` compare fairly: on test images where all have that, else on validation images."""
+    if all(math.isfinite(network.test_accuracy) for network in networks):
+        return ON_TEST
+    return ON_VALIDATION
+
+
+def against_family(study: StudyFiles) -> list[FamilyComparison]:
+    """Every hand-made finalist against the proposed finalists, fastest first."""
+    family = sorted((n for n in study.finalists if n.is_family), key=lambda n: n.latency_ms)
+    proposed = [n for n in study.finalists if not n.is_family]
+    return [_compare(member, proposed) for member in family] if proposed else []
+
+
+def _compare(member: Network, proposed: Sequence[Network]) -> FamilyComparison:
+    faster = max((n for n in proposed if n.latency_ms <= member.latency_ms), key=lambda n: n.val_accuracy, default=None)
+    as_good = min((n for n in proposed if n.val_accuracy >= member.val_accuracy), key=lambda n: n.latency_ms, default=None)
+    return FamilyComparison(
+        member=member,
+        at_equal_latency=faster,
+        accuracy_gain=mean_accuracy_gain([(faster, member)] if faster else []),
+        at_equal_accuracy=as_good,
+        latency_change=mean_latency_change([(as_good, member)] if as_good else []),
+        beaten_by=next((n for n in sorted(proposed, key=lambda n: n.latency_ms) if clearly_better(n, member)), None),
+    )
+
+
+def clearly_better(network: Network, other: Network) -> bool:
+    """Whether `network` is more accurate and faster than `other`, each by more than two standard errors of the difference."""
+    accuracy = comparable_accuracy(network, other)
+    more_accurate = accuracy(network) - accuracy(other) > STANDARD_ERRORS_TO_BEAT * math.hypot(network.accuracy_std, other.accuracy_std)
+    faster = other.latency_ms - network.latency_ms > STANDARD_ERRORS_TO_BEAT * math.hypot(network.latency_std_ms, other.latency_std_ms)
+    return more_accurate and faster
+
+
+def mean_accuracy_gain(pairs: Sequence[tuple[Network, Network]]) -> Estimate:
+    """Mean over `pairs` of (network, reference) of the difference in accuracy."""
+    accuracy = comparable_accuracy(*(network for pair in pairs for network in pair))
+    return _mean_difference(pairs, accuracy, lambda network: network.accuracy_std)
+
+
+def mean_latency_change(pairs: Sequence[tuple[Network, Network]]) -> Estimate:
+    """Geometric mean over `pairs` of (network, reference) of the latency ratio, minus 1."""
+    logs = _mean_difference(pairs, lambda n: math.log(n.latency_ms), lambda n: n.latency_std_ms / n.latency_ms)
+    ratio = math.exp(logs.value)
+    return Estimate(ratio - 1, ratio * logs.std)
+
+
+def _mean_difference(
+    pairs: Sequence[tuple[Network, Network]], value: Callable[[Network], float], std: Callable[[Network], float]
+) -> Estimate:
+    if not pairs:
+        return Estimate(NAN, NAN)
+    weights: defaultdict[Network, float] = defaultdict(float)
+    for network, reference in pairs:
+        weights[network] += 1 / len(pairs)
+        weights[reference] -= 1 / len(pairs)
+    return Estimate(
+        sum(weight * value(network) for network, weight in weights.items()),
+        math.sqrt(sum((weight * std(network)) ** 2 for network, weight in weights.items())),
+    )
+
+
+def gain_at_equal_latency(comparisons: Sequence[FamilyComparison]) -> tuple[Estimate, int]:
+    """Mean accuracy gain over the hand-made networks that a proposed one is not slower than, and how many those are."""
+    pairs = [(c.at_equal_latency, c.member) for c in comparisons if c.at_equal_latency is not None]
+    return mean_accuracy_gain(pairs), len(pairs)
+
+
+def change_at_equal_accuracy(comparisons: Sequence[FamilyComparison]) -> tuple[Estimate, int]:
+    """Mean latency change over the hand-made networks that a proposed one is not less accurate than, and how many those are."""
+    pairs = [(c.at_equal_accuracy, c.member) for c in comparisons if c.at_equal_accuracy is not None]
+    return mean_latency_change(pairs), len(pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hypervolumes:
+    """Hypervolume of the proposed finalists and of the hand-made ones, up to the study's reference point."""
+
+    proposed: float
+    family: float
+    where: str
+    """The reference point and the images, in words."""
+
+
+def hypervolumes(study: StudyFiles) -> Hypervolumes | None:
+    """None where the study has no reference point of accuracy and latency, or one side has no finalists."""
+    reference = study.settings.get("reference_point") or {}
+    proposed = [n for n in study.finalists if not n.is_family]
+    family = [n for n in study.finalists if n.is_family]
+    if not proposed or not family or not {"accuracy", "latency_ms"} <= reference.keys():
+        return None
+    accuracy = comparable_accuracy(*proposed, *family)
+    worst = np.array([-reference["accuracy"], math.log(reference["latency_ms"])])
+    return Hypervolumes(
+        proposed=pareto.hypervolume(costs(proposed, accuracy), worst),
+        family=pareto.hypervolume(costs(family, accuracy), worst),
+        where=f"up to {percent(reference['accuracy'])} and {milliseconds(reference['latency_ms'])}, {accuracy.split} images",
+    )
+
+
+def limits(study: StudyFiles) -> Limits:
+    """How the latency limit held over the finalists that the search itself proposed."""
+    limited = [n for n in study.finalists if math.isfinite(n.limit_ms) and not n.is_family]
+    excess = [n.latency_ms / n.limit_ms - 1 for n in limited]
+    return Limits(
+        n_limited=len(limited),
+        n_broken=sum(n.over_limit for n in limited),
+        worst_excess=max(excess, default=NAN),
+        limit_ms=max((n.limit_ms for n in limited), default=NAN),
+    )
+
+
+def prediction_error(study: StudyFiles) -> PredictionError:
+    """How far the measured finalists lie from their predicted latency."""
+    errors = [
+        abs(n.latency_ms / n.predicted_latency_ms - 1)
+        for n in study.finalists
+        if n.latency_source == MEASURED and n.predicted_latency_ms > 0
+    ]
+    return PredictionError(n_networks=len(errors), median=float(np.median(errors)) if errors else NAN, worst=max(errors, default=NAN))
+
+
+def cost_against_latency(networks: Sequence[Network]) -> CostAgainstLatency | None:
+    """How well MACs rank the latency of `networks`; None for fewer than three."""
+    known = [n for n in networks if n.macs > 0 and n.latency_ms > 0]
+    if len(known) < 3:
+        return None
+    macs = np.array([n.macs for n in known])
+    latency_ms = np.array([n.latency_ms for n in known])
+    return CostAgainstLatency(
+        spearman=spearman(macs, latency_ms),
+        n_networks=len(known),
+        source=", ".join(sorted({n.latency_source for n in known if n.latency_source})),
+        largest_ratio=_largest_ratio_at_equal(macs, latency_ms, tolerance=0.05),
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of `a` (n,) and `b` (n,), ties sharing their mean rank; NaN where one of them is constant."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    a, b = ranks(a), ranks(b)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return NAN
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _largest_ratio_at_equal(cost: np.ndarray, latency_ms: np.ndarray, *, tolerance: float) -> float:
+    order = np.argsort(cost)
+    cost, latency_ms = cost[order], latency_ms[order]
+    ends = np.searchsorted(cost, cost * (1 + tolerance), side="right")
+    return max(float(latency_ms[i:end].max() / latency_ms[i:end].min()) for i, end in enumerate(ends))
+
+
+def stage_rows(arch: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The network of `Arch.to_dict()` as a table, one row per part: stem, stages 1 to 4, head."""
+    stem, stages = arch["stem"], arch["stages"]
+    px = arch["resolution_px"] // stem["stride"]
+    rows = [
+        _part("stem", px, stem["width"], stem["depth"], f"3×3 stride {stem['stride']}")
+        | (_convolution(stem, kernel=3) if stem["depth"] > 1 else {})
+    ]
+    for number, stage in enumerate(stages, start=1):
+        px //= 2
+        blocks = _convolution(stage, kernel=stage["kernel"]) if stage["depth"] > 1 else {}
+        attention, mlp = stage["attention"], stage["mlp_ratio"]
+        down = ["fused" if stage["down_fused"] else "MBConv", f"×{stage['down_expansion']}", *_groups(stage["down_groups"])]
+        rows.append(
+            _part(f"stage {number}", px, stage["width"], stage["depth"], " ".join(down))
+            | blocks
+            | {"attention": _attention(attention) if attention else "", "mlp": f"×{mlp}" if mlp else ""}
+        )
+    conv_width, linear_width = arch["head_widths"]
+    return [*rows, _part("head", px, f"{conv_width} / {linear_width}", "", "") | {"conv": f"{arch['num_classes']} classes"}]
+
+
+def _part(part: str, px: int, width: object, depth: object, entry: str) -> dict[str, str]:
+    """A row of the stage table with every column; `entry` is the convolution or downsampler that opens the part."""
+    columns = {"part": part, "px": px, "width": width, "depth": depth, "entry": entry}
+    return {name: str(value) for name, value in columns.items()} | dict.fromkeys(("conv", "attention", "mlp"), "")
+
+
+def _convolution(values: Mapping[str, Any], *, kernel: int) -> dict[str, str]:
+    kind = "fused" if values["fused"] else "MBConv"
+    return {"conv": " ".join([kind, f"{kernel}×{kernel}", f"×{values['expansion']}", *_groups(values["groups"])])}
+
+
+def _groups(groups: int) -> list[str]:
+    return [f"g{groups}"] if groups > 1 else []
+
+
+def _attention(values: Mapping[str, Any]) -> str:
+    return f"÷{values['stride']} {values['kernel']}×{values['kernel']} c{values['compression']:g} {values['projection']}"
+
+
+def short_description(arch: Mapping[str, Any]) -> str:
+    """One line: resolution, widths, depths, and where attention and MLPs are."""
+    parts = [arch["stem"], *arch["stages"]]
+    widths, depths = ("·".join(str(part[key]) for part in parts) for key in ("width", "depth"))
+    with_attention = [str(i) for i, stage in enumerate(arch["stages"], start=1) if stage["attention"]]
+    with_mlp = [str(i) for i, stage in enumerate(arch["stages"], start=1) if stage["mlp_ratio"]]
+    where = f"attention in {', '.join(with_attention)}" if with_attention else "no attention"
+    mlps = f"MLP in {', '.join(with_mlp)}" if with_mlp else "no MLP"
+    return f"{arch['resolution_px']} px, widths {widths}, depths {depths}, {where}, {mlps}"
+
+
+def spent_seconds(study: StudyFiles) -> dict[str, float]:
+    """Where the study's time went: phase -> seconds."""
+    spent = study.settings.get("spent_s") or {}
+    return {str(phase): float(seconds) for phase, seconds in spent.items()}
+
+
+def network_details(study: StudyFiles) -> dict[str, dict[str, Any]]:
+    """What the page shows for a chosen network: arch_id -> its numbers, stage table and per-block latency.
+
+    The shares of the blocks are of their own sum, which is the predicted latency.
+    """
+    rows = {network.arch_id: network for network in (*scored_candidates(study), *study.finalists)}
+    details: dict[str, dict[str, Any]] = {}
+    for arch_id, network in rows.items():
+        known = study.networks.get(arch_id)
+        if known is None:
+            continue
+        total_ms = sum(block["ms"] for block in known["blocks"])
+        details[arch_id] = {
+            "label": network.label,
+            "origin": network.origin,
+            "is_family": network.is_family,
+            "short": short_description(known["arch"]),
+            "numbers": number_rows(network),
+            "stages": stage_rows(known["arch"]),
+            "total_ms": total_ms,
+            "blocks": [
+                [b["place"], b["kind"], b["ms"], b["ms"] / total_ms if total_ms else 0.0, b["source"], b["macs"], b["params"]]
+                for b in known["blocks"]
+            ],
+        }
+    return details
+
+
+def number_rows(network: Network) -> list[tuple[str, str, str]]:
+    """The figures of one network as (word, value, source)."""
+    accuracy_std = network.accuracy_std
+    rows = [
+        ("Test accuracy", percent(network.test_accuracy, accuracy_std), network.accuracy_source),
+        ("Validation accuracy", percent(network.val_accuracy, accuracy_std), network.accuracy_source),
+        ("Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
+        ("Predicted latency", milliseconds(network.predicted_latency_ms), "predicted"),
+        ("MACs", count(network.macs), ""),
+        ("Parameters", count(network.params), ""),
+        ("Resolution", f"{network.resolution_px:.0f} px" if math.isfinite(network.resolution_px) else "", ""),
+        ("Trained for", f"{network.rung:.0%} of the schedule" if network.rung < 1 else "", ""),
+        ("Standard error from", network.accuracy_std_origin, ""),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def percent(value: float, std: float = NAN, *, signed: bool = False) -> str:
+    """A fraction as `91.2 ± 0.4 %`; empty where it is not known."""
+    if not math.isfinite(value):
+        return ""
+    return f"{100 * value:{'+' if signed else ''}.1f}{plus_minus(100 * std, 1)} %".replace("-", "−")
+
+
+def milliseconds(value: float, std: float = NAN) -> str:
+    """Three significant digits, `0.352 ± 0.006 ms`; empty where it is not known."""
+    if not math.isfinite(value):
+        return ""
+    digits = _digits(value)
+    return f"{value:.{digits}f}{plus_minus(std, digits)} ms"
+
+
+def plus_minus(std: float, digits: int) -> str:
+    return f" ± {std:.{digits}f}" if math.isfinite(std) else ""
+
+
+def _digits(value: float) -> int:
+    """Digits after the point that show three significant ones."""
+    return max(0, 2 - math.floor(math.log10(value))) if value > 0 else 2
+
+
+def count(value: float) -> str:
+    """A count with three significant digits and K, M or G; empty where it is not known."""
+    if not math.isfinite(value):
+        return ""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.{_digits(value / size)}f} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`8 min 5 s`, `42 s`, `1 h 12 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min" + (f" {seconds % 60} s" if seconds % 60 else "")
+    return f"{seconds // 3600} h" + (f" {seconds % 3600 // 60} min" if seconds % 3600 // 60 else "")
