@@ -1,0 +1,426 @@
+"""Train one network on one data set by one recipe, resumably and reproducibly.
+
+The same (arch, data, recipe, seed, torch version, one thread) gives the same weights bit for bit, whether the training ran through or
+was killed and resumed any number of times, and whatever was asked of it in between (`until`): what a step draws at random is keyed by
+(seed, step), and a checkpoint holds everything else. Read by `accuracy.ladder` and by whoever trains finalists.
+
+Legend: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowsearch.arch import Arch
+from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
+from lowsearch.errors import DataError, UsageError
+from lowsearch.train.checkpoint import load_checkpoint, save_tensors
+from lowsearch.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CHECKPOINTS_PER_SCHEDULE = 20
+"""A killed training loses at most this part of its schedule."""
+_EVALUATION_BATCH = 250
+_ORDER, _AUGMENTATION, _MODEL = 1, 2, 3  # what a random stream is for, so that no two share numbers
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """The state of a training at one moment."""
+
+    fraction: float
+    """Part of the full schedule done."""
+    step: int
+    train_loss: float
+    """Mean over the steps since the point before."""
+    val_accuracy: float
+    val_loss: float
+    """Mean cross-entropy of the validation images, without label smoothing."""
+    cpu_seconds: float
+    """Process CPU time since the start, resumed parts added up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainResult:
+    """A training up to a fraction of its schedule."""
+
+    arch: Arch
+    recipe: Recipe
+    seed: int
+    fraction: float
+    curve: tuple[CurvePoint, ...]
+    diverged: bool
+    """The loss stopped being a number; from there on every accuracy is that of guessing."""
+    weights: dict[str, Tensor] = field(repr=False)
+    """State dict of `build_model(arch)`: the evaluated weights (the moving average where the recipe has one)."""
+
+    @property
+    def val_accuracy(self) -> float:
+        return self.curve[-1].val_accuracy
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self.curve[-1].cpu_seconds
+
+    def save_weights(self, path: Path) -> None:
+        """Write the weights as safetensors; `build_model(arch, pretrained=path)` reads them."""
+        save_tensors(path, self.weights, {"arch_id": self.arch.arch_id, "recipe": self.recipe.name, "seed": self.seed})
+
+    def model(self) -> nn.Module:
+        """The trained network, in evaluation mode."""
+        from lowsearch.model.lowformer import build_model
+
+        model = build_model(self.arch)
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+
+def train(
+    arch: Arch,
+    data: ImageData,
+    recipe: Recipe,
+    *,
+    seed: int,
+    until: float = 1.0,
+    checkpoint: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+    device: str = "cpu",
+    cpu_clock: Callable[[], float] = time.process_time,
+) -> TrainResult:
+    """Train `arch` up to `until` of the full schedule, going on from `checkpoint` where it exists, and writing it on the way.
+
+    `progress` hears the fraction of the schedule done after every step. Raises DataError when the data has other classes than `arch`,
+    and StudyError when the checkpoint belongs to another training.
+    """
+    if arch.num_classes != len(data.classes):
+        raise DataError(
+            f"the network has {arch.num_classes} classes, {data.name} has {len(data.classes)}",
+            hint="load the search space with_num_classes of the data",
+        )
+    if not 0 < until <= 1:
+        raise UsageError(f"until is {until!r}, expected a fraction of the schedule in (0, 1]")
+    import torch
+
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
+        run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, cpu_clock=cpu_clock)
+        return run.to(until, progress)
+
+
+def evaluate(model: nn.Module, split: Split, resolution_px: int) -> float:
+    """Accuracy of `model` on the images of `split`, resized to `resolution_px`."""
+    return _score(model, _resized(split.images, resolution_px), _as_tensor(split.labels))[0]
+
+
+class _Run:
+    """A training under way: the network, its optimizer, and where it stands."""
+
+    def __init__(
+        self,
+        arch: Arch,
+        data: ImageData,
+        recipe: Recipe,
+        *,
+        seed: int,
+        checkpoint: Path | None,
+        device: str,
+        cpu_clock: Callable[[], float],
+    ) -> None:
+        import torch
+
+        from lowsearch.model.lowformer import build_model
+
+        self.arch, self.recipe, self.seed, self.checkpoint, self.device, self.cpu_clock = arch, recipe, seed, checkpoint, device, cpu_clock
+        n_images = recipe.n_images(len(data.train))
+        self.steps_per_epoch = recipe.steps_per_epoch(n_images)
+        self.total_steps = recipe.total_steps(n_images)
+        self.batch_size = min(recipe.batch_size, n_images)
+        self.train_images_BHWC = _resized(data.train.images[:n_images], arch.resolution_px).to(device)
+        self.train_labels = _as_tensor(data.train.labels[:n_images]).to(device)
+        self.val_images_BHWC = _resized(data.val.images, arch.resolution_px).to(device)
+        self.val_labels = _as_tensor(data.val.labels).to(device)
+        self.identity = {
+            "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data_hash": data.data_hash, "seed": seed,
+        }  # fmt: skip
+
+        model = build_model(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
+        # Channels last is 1.2 to 1.5 times as fast on a CPU; bfloat16 was not, AMX or no AMX: these layers are too small.
+        self.model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
+        self.average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state().items()}
+
+        self.step = 0
+        self.curve: list[CurvePoint] = []
+        self.diverged = False
+        self.loss_sum, self.loss_steps = 0.0, 0
+        self.cpu_seconds_before = 0.0
+        self.cpu_started = cpu_clock()
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    def to(self, until: float, progress: Callable[[float], None] | None) -> TrainResult:
+        """Go on to `until` of the schedule. A training that is already further is returned as far as it is."""
+        stop = _step_of(until, self.total_steps)
+        evaluated = {_step_of(fraction, self.total_steps) for fraction in self.recipe.evaluate_at} | {stop}
+        saved = {_step_of(i / CHECKPOINTS_PER_SCHEDULE, self.total_steps) for i in range(1, CHECKPOINTS_PER_SCHEDULE + 1)}
+        while self.step < stop:
+            if not self.diverged:
+                self._train_step()
+            self.step += 1
+            if self.step in evaluated:
+                self._evaluate()
+            if self.step in saved or self.step in evaluated:
+                self._save()
+            if progress is not None:
+                progress(self.step / self.total_steps)
+        if not any(point.step == self.step for point in self.curve):  # resumed beyond `stop`, between two evaluations
+            self._evaluate()
+        return TrainResult(
+            arch=self.arch, recipe=self.recipe, seed=self.seed, fraction=self.step / self.total_steps,
+            curve=tuple(self.curve), diverged=self.diverged, weights=_portable(self._evaluated_state()),
+        )  # fmt: skip
+
+    def _train_step(self) -> None:
+        import torch
+        import torch.nn.functional as F
+
+        recipe = self.recipe
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.train_labels))
+        chosen = _as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size]).to(self.device)
+        rng = np.random.default_rng([self.seed, _AUGMENTATION, self.step])
+        x_BCHW = _normalised(_augmented(self.train_images_BHWC, chosen, recipe, rng))
+        torch.manual_seed(int(np.random.default_rng([self.seed, _MODEL, self.step]).integers(2**63)))  # dropout and stochastic depth
+
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _learning_rate_factor(self.step, self.total_steps, recipe.warmup_fraction)
+        loss = F.cross_entropy(self.model(x_BCHW), self.train_labels[chosen], label_smoothing=recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        loss_value = loss.item()
+        if not (math.isfinite(loss_value) and math.isfinite(norm.item())):
+            _log.warning(
+                "%s diverged at step %d of %d (recipe %s, seed %d)", self.arch.arch_id, self.step, self.total_steps, recipe.name, self.seed
+            )
+            self.diverged = True
+            return
+        self.optimizer.step()
+        self._update_average()
+        self.loss_sum += loss_value
+        self.loss_steps += 1
+
+    def _update_average(self) -> None:
+        import torch
+
+        if self.average is None or self.recipe.ema_decay is None:
+            return
+        # The decay warms up, or the first weights, which know nothing, would weigh on a short training.
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        state = self._state()
+        with torch.no_grad():
+            for name, value in self.average.items():
+                if value.is_floating_point():
+                    value.lerp_(state[name], 1 - decay)
+                else:
+                    value.copy_(state[name])
+
+    def _evaluate(self) -> None:
+        if self.diverged:
+            accuracy, loss = 1 / self.arch.num_classes, math.log(self.arch.num_classes)
+        else:
+            accuracy, loss = self._score_evaluated_state()
+        self.curve.append(
+            CurvePoint(
+                fraction=self.step / self.total_steps,
+                step=self.step,
+                val_accuracy=accuracy,
+                val_loss=loss,
+                train_loss=self.loss_sum / self.loss_steps if self.loss_steps else math.log(self.arch.num_classes),
+                cpu_seconds=self._cpu_seconds(),
+            )  # fmt: skip
+        )
+        self.loss_sum, self.loss_steps = 0.0, 0
+
+    def _score_evaluated_state(self) -> tuple[float, float]:
+        with self._averaged_weights():
+            return _score(self.model, self.val_images_BHWC, self.val_labels)
+
+    def _averaged_weights(self) -> Any:
+        return nullcontext() if self.average is None else _Swapped(self.model, self.average)
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def _evaluated_state(self) -> dict[str, Tensor]:
+        return self._state() if self.average is None else self.average
+
+    def _cpu_seconds(self) -> float:
+        return self.cpu_seconds_before + self.cpu_clock() - self.cpu_started
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = {f"model.{name}": value for name, value in self._state().items()}
+        for index, parameter in enumerate(self.model.parameters()):
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{index}.{name}"] = value
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        standing = {
+            "step": self.step, "total_steps": self.total_steps, "diverged": self.diverged, "loss_sum": self.loss_sum,
+            "loss_steps": self.loss_steps, "cpu_seconds": self._cpu_seconds(), "curve": [_point_to_list(p) for p in self.curve],
+        }  # fmt: skip
+        save_tensors(self.checkpoint, _portable(tensors), {**self.identity, **standing})
+
+    def _resume(self, path: Path) -> None:
+        import torch
+
+        loaded = load_checkpoint(path, self.identity)
+        if loaded is None:
+            return
+        tensors, standing = loaded
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for index, parameter in enumerate(self.model.parameters()):
+            prefix = f"optimizer.{index}."
+            saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            # Into memory laid out like the parameter, as the optimizer would have made it.
+            self.optimizer.state[parameter] = {
+                k: v.clone() if k == "step" else torch.empty_like(parameter, requires_grad=False).copy_(v) for k, v in saved.items()
+            }
+        for name, value in (self.average or {}).items():
+            value.copy_(tensors[f"average.{name}"])
+        self.step, self.diverged = standing["step"], standing["diverged"]
+        self.loss_sum, self.loss_steps = standing["loss_sum"], standing["loss_steps"]
+        self.cpu_seconds_before = standing["cpu_seconds"]
+        self.curve = [_point_from_list(values) for values in standing["curve"]]
+
+
+class _Swapped:
+    """While entered, `model` holds the weights of `state`."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.model, self.state = model, state
+
+    def __enter__(self) -> None:
+        self.own = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.state)
+
+    def __exit__(self, *_: object) -> None:
+        self.model.load_state_dict(self.own)
+
+
+def _step_of(fraction: float, total_steps: int) -> int:
+    return max(1, round(fraction * total_steps))
+
+
+def _learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """Linear from 0 over the warm-up, then half a cosine to 0; `step` counts from 0 and is taken at its middle."""
+    done = (step + 0.5) / total_steps
+    if done < warmup_fraction:
+        return done / warmup_fraction
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup_fraction) / (1 - warmup_fraction)))
+
+
+def _augmented(images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
+    """The `chosen` of uint8 `images_BHWC`, each shifted and mirrored at random."""
+    import torch
+
+    n, px = len(chosen), images_BHWC.shape[1]
+    device = images_BHWC.device
+    reach = round(recipe.shift * px)
+    shifts = rng.integers(-reach, reach + 1, size=(2, n, 1))
+    rows, columns = np.clip(np.arange(px) + shifts, 0, px - 1)
+    if recipe.flip:
+        columns = np.where(rng.random((n, 1)) < 0.5, columns[:, ::-1], columns)
+    # One gather from a flat list of pixels: a third of the time of indexing with three tensors.
+    pixels = (
+        chosen.to(device)[:, None, None] * (px * px)
+        + _as_tensor(rows * px).to(device)[:, :, None]
+        + _as_tensor(columns).to(device)[:, None]
+    )
+    return torch.index_select(images_BHWC.reshape(-1, 3), 0, pixels.reshape(-1)).reshape(n, px, px, 3)
+
+
+def _normalised(images_BHWC: Tensor) -> Tensor:
+    """uint8 pixels as the network's input; NHWC memory seen as NCHW is the channels-last layout, so nothing is copied for it."""
+    import torch
+
+    mean = torch.tensor(IMAGE_MEAN, device=images_BHWC.device) * 255
+    std = torch.tensor(IMAGE_STD, device=images_BHWC.device) * 255
+    return ((images_BHWC.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of `model` on uint8 images of its own resolution."""
+    import torch
+    import torch.nn.functional as F
+
+    was_training = model.training
+    model.eval()
+    correct, loss = 0, 0.0
+    with torch.inference_mode():
+        for start in range(0, len(labels), _EVALUATION_BATCH):
+            batch = slice(start, start + _EVALUATION_BATCH)
+            logits = model(_normalised(images_BHWC[batch]))
+            correct += int((logits.argmax(1) == labels[batch]).sum())
+            loss += float(F.cross_entropy(logits, labels[batch], reduction="sum"))
+    model.train(was_training)
+    return correct / len(labels), loss / len(labels)
+
+
+def _resized(images: np.ndarray, px: int) -> Tensor:
+    """`images` (n, side, side, 3) as a uint8 tensor (n, px, px, 3), resampled once with antialiasing."""
+    import torch
+    import torch.nn.functional as F
+
+    if images.shape[1] == px:
+        return torch.from_numpy(np.ascontiguousarray(images))
+    out = torch.empty((len(images), px, px, 3), dtype=torch.uint8)
+    for start in range(0, len(images), 500):
+        x_BCHW = torch.from_numpy(np.ascontiguousarray(images[start : start + 500])).permute(0, 3, 1, 2).float()
+        x_BCHW = F.interpolate(x_BCHW, size=(px, px), mode="bilinear", antialias=True, align_corners=False)
+        out[start : start + 500] = x_BCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return out
+
+
+def _as_tensor(values: np.ndarray) -> Tensor:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU in plain memory order, as safetensors wants them."""
+    import torch
+
+    return {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True).contiguous() for name, value in tensors.items()
+    }
+
+
+def _point_to_list(point: CurvePoint) -> list[float]:
+    return [point.fraction, point.step, point.train_loss, point.val_accuracy, point.val_loss, point.cpu_seconds]
+
+
+def _point_from_list(values: list[Any]) -> CurvePoint:
+    fraction, step, train_loss, val_accuracy, val_loss, cpu_seconds = values
+    return CurvePoint(
+        fraction=fraction, step=step, train_loss=train_loss, val_accuracy=val_accuracy, val_loss=val_loss, cpu_seconds=cpu_seconds
+    )
