@@ -150,7 +150,7 @@ def _hover(study: StudyFiles, network: Network) -> str:
     """What a pointer over a network shows; every text from a file is escaped, because Plotly reads markup in hover labels."""
     lines = [f"<b>{html.escape(network.label or 'random member')}</b>"]
     for word, value, source in tables.number_rows(network):
-        lines.append(f"{word} {value}" + (f" ({html.escape(source)})" if source else ""))
+        lines.append(html.escape(f"{word} {value}" + (f" ({source})" if source else "")))
     known = study.networks.get(network.arch_id)
     if known:
         lines += html.escape(tables.short_description(known["arch"])).split(", ")
