@@ -281,3 +281,28 @@ def test_attention_takes_each_heads_queries_keys_and_values_in_turn() -> None:
             weights = torch.softmax(torch.stack([q[:, pixel] @ k[:, other] for other in range(4)]) / 3**0.5, dim=0)
             expected = sum(weights[other] * v[:, other] for other in range(4))
             assert torch.allclose(out[0, head * 3 : head * 3 + 3].flatten(1)[:, pixel], expected, atol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("px", "stride"), [(14, 1), (13, 1), (13, 2), (14, 2)])
+@pytest.mark.parametrize("kind", ["attention", "fused", "unfused"])
+def test_exported_2x2_convolutions_pad_themselves(kind: str, px: int, stride: int) -> None:
+    """A separate padding node would make 2x2 kernels look slow: ONNX Runtime leaves its fast layout for it."""
+    import onnx
+    import onnxruntime
+
+    from lowsearch.latency.runtimes import export_onnx
+
+    if kind == "attention":
+        block: Block = Lowtention(
+            channels=16, resolution_px=px, stride=stride, kernel=2, heads=1, head_dim=8, projection="nearest", norm=True
+        )  # fmt: skip
+    else:
+        block = ConvBranch(channels=16, resolution_px=px, fused=kind == "fused", expansion=2, kernel=2, groups=2, bias=stride == 1)
+    module = build_block(block).eval()
+    randomise(module, seed=0)
+    x = torch.randn(1, 16, px, px, generator=torch.Generator().manual_seed(1))
+    exported = export_onnx(module, x)
+    assert "Pad" not in [node.op_type for node in onnx.load_from_string(exported).graph.node]
+    output = onnxruntime.InferenceSession(exported).run(None, {"input": x.numpy()})[0]
+    with torch.no_grad():
+        assert relative_difference(torch.from_numpy(output), module(x)) <= 1e-5
