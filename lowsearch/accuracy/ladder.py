@@ -1,0 +1,137 @@
+"""The ladder: networks trained to a rung of the full schedule, and further from there when they deserve it.
+
+A rung is a fraction of one schedule, so climbing costs only the difference, and a network that climbed to the top is the network that
+was trained at once, bit for bit. Every rung reached is a record; a rung on record is never trained again.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
+from lowsearch.arch import Arch
+from lowsearch.data import ImageData
+from lowsearch.errors import UsageError
+from lowsearch.train import Recipe, train
+
+RUNGS = (0.25, 0.5, 1.0)
+"""The lowest one is fixed by benchmarks/lowest_rung.py."""
+
+
+class Ladder:
+    """Trains networks on one data set by one recipe with one seed. Several processes may share the folder."""
+
+    def __init__(self, data: ImageData, recipe: Recipe, *, folder: Path, rungs: tuple[float, ...] = RUNGS, seed: int = 0) -> None:
+        if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] <= 0 or rungs[-1] != 1.0:
+            raise UsageError(f"rungs are {rungs!r}, expected rising fractions that end at 1.0")
+        self.data, self.recipe, self.rungs, self.seed, self.folder = data, recipe, tuple(rungs), seed, folder
+        self.records = AccuracyRecords(folder / "records.jsonl")
+
+    def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> AccuracyRecord:
+        """The record of `arch` at `rung`, trained from where its training stands if it is not there yet.
+
+        A network that another process is training is waited for. `progress` hears the fraction of the full schedule done.
+        """
+        if rung not in self.rungs:
+            raise UsageError(f"rung is {rung!r}, expected one of {self.rungs}")
+        if (known := self.record(arch, rung)) is not None:
+            return known
+        checkpoint = self.checkpoint(arch)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(checkpoint) + ".lock"):
+            self.records.refresh()
+            if (known := self.record(arch, rung)) is not None:
+                return known
+            result = train(arch, self.data, self.recipe, seed=self.seed, until=rung, checkpoint=checkpoint, progress=progress)
+            # A checkpoint may be further than its records, after a crash or by another ladder: the curve up to the rung is what counts.
+            curve = tuple(point for point in result.curve if point.fraction <= _reached(rung, result.curve))
+            record = AccuracyRecord(
+                arch=arch, recipe=self.recipe.name, recipe_hash=self.recipe.recipe_hash, data=self.data.name,
+                data_hash=self.data.data_hash, seed=self.seed, rung=rung, curve=curve, diverged=result.diverged, versions=_versions(),
+            )  # fmt: skip
+            self.records.append(record)
+        return record
+
+    def record(self, arch: Arch, rung: float) -> AccuracyRecord | None:
+        """What is on record for `arch` at `rung`, under this ladder's recipe, data and seed."""
+        return self.records.get((arch.arch_id, self.recipe.recipe_hash, self.data.data_hash, self.seed, rung))
+
+    def reached(self, arch: Arch) -> float:
+        """Highest rung on record for `arch`, 0.0 before the first."""
+        return max((rung for rung in self.rungs if self.record(arch, rung) is not None), default=0.0)
+
+    def checkpoint(self, arch: Arch) -> Path:
+        """Where the training of `arch` stands."""
+        return self.folder / "checkpoints" / f"{arch.arch_id}-{self.recipe.recipe_hash}-s{self.seed}.safetensors"
+
+    def discard(self, arch: Arch) -> None:
+        """Remove the checkpoint of `arch`, which will not climb further. Its records stay; asked again, it trains from the start."""
+        checkpoint = self.checkpoint(arch)
+        checkpoint.unlink(missing_ok=True)
+        Path(str(checkpoint) + ".lock").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungAgreement:
+    """How well scores at a low rung rank networks as their full schedule does."""
+
+    rung: float
+    n_networks: int
+    spearman: float | None
+    """None below three networks, or where all scores are equal."""
+    low: float | None
+    high: float | None
+    """95 % bootstrap interval of `spearman` over networks; None below five."""
+
+
+def spot_check_rung(records: Iterable[AccuracyRecord], *, rung: float | None = None, seed: int = 0) -> RungAgreement:
+    """Agreement between `rung` (default: the lowest on record) and the full schedule over the networks that have both.
+
+    Both scores are of one training, and only networks that were promoted have both: a check for surprises, not the evidence that
+    chose the rung, which compares different seeds over random networks (benchmarks/lowest_rung.py).
+    """
+    records = tuple(records)
+    full = {r.key[:4]: r for r in records if r.rung == 1.0}
+    if rung is None:
+        rung = min((r.rung for r in records), default=RUNGS[0])
+    pairs = [(point.val_accuracy, r.val_accuracy) for r in full.values() if (point := r.at(rung)) is not None]
+    return rung_agreement(np.array(pairs).reshape(-1, 2), rung=rung, rng=np.random.default_rng(seed))
+
+
+def rung_agreement(pairs: np.ndarray, *, rung: float, rng: np.random.Generator, n_bootstrap: int = 2000) -> RungAgreement:
+    """Agreement of the two columns of `pairs` (n_networks, 2)."""
+    value = spearman(pairs[:, 0], pairs[:, 1]) if len(pairs) >= 3 else None
+    low = high = None
+    if value is not None and len(pairs) >= 5:
+        resampled = [spearman(*pairs[rng.integers(len(pairs), size=len(pairs))].T) for _ in range(n_bootstrap)]
+        low, high = (float(q) for q in np.quantile([v for v in resampled if v is not None], [0.025, 0.975]))
+    return RungAgreement(rung=rung, n_networks=len(pairs), spearman=value, low=low, high=high)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation with ties averaged; None where either side does not vary."""
+    from scipy.stats import rankdata
+
+    ranks = np.stack([rankdata(a), rankdata(b)])
+    if (np.ptp(ranks, axis=1) == 0).any():
+        return None
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _reached(rung: float, curve: tuple) -> float:
+    """The fraction at which `curve` (of CurvePoints) has `rung`: steps are whole, so it may lie a little beside it."""
+    return min((point.fraction for point in curve), key=lambda fraction: abs(fraction - rung))
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("lowsearch", "torch", "numpy")}
+    return {"python": platform.python_version(), "machine": platform.machine(), **packages}
