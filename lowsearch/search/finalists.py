@@ -1,0 +1,366 @@
+"""The end of a study: choose the front's members, train them fully with fresh seeds, measure them again, write the front.
+
+Scores of the search are estimates, and choosing the best of many estimates flatters them. So every finalist is trained on the whole
+schedule with seeds the search did not use, measured in fresh processes beside the others, and only then is the test split read, once.
+Every step leaves its result on disk; a killed study goes on at the step it was in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from lowsearch.arch import Arch
+from lowsearch.errors import StudyError
+from lowsearch.latency.table import write_atomically
+from lowsearch.search import pareto
+from lowsearch.search.estimates import Estimator
+from lowsearch.search.objectives import Metric
+from lowsearch.search.outputs import accuracy_columns, candidate_costs, decode, keeps_limits, write_csv
+from lowsearch.search.parts import FinalScore, Parts, Progress
+from lowsearch.search.settings import StudySettings
+from lowsearch.search.storage import Candidate
+
+PLAN = "finalists.json"
+MEASUREMENTS = "measurements.json"
+MAX_PROPOSALS = 8
+MIN_PROPOSALS = 5
+FINAL_SEED_STREAM = 1_000_003
+"""Keeps the seeds of final trainings apart from the study's own."""
+
+COLUMNS = (
+    "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source", "score",
+    "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit", "macs", "params",
+    "resolution_px", "on_front", "weights", "estimated_accuracy", "n_seeds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finalist:
+    """A network chosen for the end of the study."""
+
+    arch: Arch
+    name: str
+    origin: str
+    rung: float
+    """How far the search had trained it."""
+    estimated_accuracy: float
+    """Of the search; NaN where there was none."""
+    accuracy_std: float
+    search_val_accuracy: float
+    """As measured at `rung`."""
+
+    @property
+    def arch_id(self) -> str:
+        return self.arch.arch_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalPlan:
+    """Who is trained, and how often. Written before the first training and kept on resume."""
+
+    finalists: tuple[Finalist, ...]
+    seeds: tuple[int, ...]
+    n_candidates: int
+    """Candidates the search had finished when the plan was made: more of them make a new plan."""
+
+    def save(self, folder: Path) -> None:
+        finalists = [{**dataclasses.asdict(f), "arch": f.arch.to_dict(), "arch_id": f.arch_id} for f in self.finalists]
+        for values in finalists:
+            for name in ("estimated_accuracy", "accuracy_std", "search_val_accuracy"):
+                values[name] = None if math.isnan(values[name]) else values[name]
+        text = json.dumps({"finalists": finalists, "seeds": self.seeds, "n_candidates": self.n_candidates}, indent=1)
+        write_atomically(folder / PLAN, text + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> FinalPlan | None:
+        """The plan of the study in `folder`, None where none was made. Raises StudyError on a damaged file."""
+        path = folder / PLAN
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            finalists = tuple(
+                Finalist(
+                    arch=Arch.from_dict(f["arch"]), name=str(f["name"]), origin=str(f["origin"]), rung=float(f["rung"]),
+                    estimated_accuracy=_number(f["estimated_accuracy"]), accuracy_std=_number(f["accuracy_std"]),
+                    search_val_accuracy=_number(f["search_val_accuracy"]),
+                )
+                for f in values["finalists"]
+            )  # fmt: skip
+            return cls(finalists=finalists, seeds=tuple(int(s) for s in values["seeds"]), n_candidates=int(values["n_candidates"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{path} is damaged: {error}", hint=f"remove the file and run the study again: lowsearch run --study {folder.name}"
+            ) from error
+
+
+def choose(settings: StudySettings, parts: Parts, found: Sequence[Candidate], reference_costs: np.ndarray) -> list[Finalist]:
+    """The family, and up to MAX_PROPOSALS of the search's own networks: those that together cover most hypervolume by their estimates.
+
+    Where fewer than MIN_PROPOSALS add volume, the next best fill up: a front deserves more than two points.
+    """
+    estimator = Estimator(parts.space, parts.latency)
+    scored = [c for c in found if c.state == "complete" and (not math.isnan(c.accuracy) or "accuracy" not in settings.objectives.metrics)]
+    allowed = [c for c, good in zip(scored, keeps_limits(settings, estimator, scored), strict=True) if good]
+    proposals = [c for c in allowed if c.origin != "family"]
+    chosen = [proposals[i] for i in _best_cover(settings, estimator, proposals, reference_costs)]
+    family = [c for c in found if c.origin == "family" and c.state != "pruned"]
+    return [
+        Finalist(
+            arch=decode(parts.space, c.genome), name=c.name, origin=c.origin, rung=c.rung, estimated_accuracy=c.accuracy,
+            accuracy_std=c.accuracy_std, search_val_accuracy=c.val_accuracy,
+        )
+        for c in family + sorted(chosen, key=lambda c: c.number)
+    ]  # fmt: skip
+
+
+def _best_cover(settings: StudySettings, estimator: Estimator, found: Sequence[Candidate], reference: np.ndarray) -> list[int]:
+    if not found:
+        return []
+    mean = estimator.estimate(np.stack([c.genome for c in found])).mean
+    rows = [{metric: values[i] for metric, values in mean.items()} for i in range(len(found))]
+    costs = candidate_costs(settings, found, rows)
+    chosen: list[int] = []
+    rest = list(range(len(found)))
+    while rest and len(chosen) < MIN_PROPOSALS:  # Layer by layer: the best cover, then the best cover of what it left.
+        layer = [
+            rest[i] for i in pareto.greedy_subset(costs[rest], reference, (MAX_PROPOSALS if not chosen else MIN_PROPOSALS) - len(chosen))
+        ]
+        if not layer:
+            break
+        chosen += layer
+        rest = [i for i in rest if i not in layer]
+    return chosen
+
+
+def plan_finals(
+    folder: Path, settings: StudySettings, parts: Parts, found: Sequence[Candidate], reference_costs: np.ndarray, *, schedule_cpu_s: float
+) -> FinalPlan:
+    """The stored plan, or a new one where there is none or the search has gone on since.
+
+    `schedule_cpu_s` is what a full training costs on average; a second seed is spent where all finals then take less than 40 % of
+    the search's time.
+    """
+    n_candidates = sum(c.state == "complete" for c in found)
+    stored = FinalPlan.load(folder)
+    if stored is not None and stored.n_candidates == n_candidates and settings.final_seeds in (None, len(stored.seeds)):
+        return stored
+    finalists = choose(settings, parts, found, reference_costs)
+    n_seeds = settings.final_seeds or 1
+    if settings.final_seeds is None and settings.budget_s is not None:
+        twice_s = 2 * len(finalists) * schedule_cpu_s / settings.workers
+        n_seeds = 2 if 0 < twice_s < 0.4 * settings.budget_s else 1
+    seeds = np.random.default_rng([settings.seed, FINAL_SEED_STREAM]).integers(2**31, size=n_seeds)
+    plan = FinalPlan(finalists=tuple(finalists), seeds=tuple(int(s) for s in seeds), n_candidates=n_candidates)
+    plan.save(folder)
+    return plan
+
+
+# Training, in the workers -----------------------------------------------------------------------------------------------
+
+
+def train_planned(folder: Path, parts: Parts) -> None:
+    """Train what the plan holds and no other worker has done or is doing."""
+    plan = FinalPlan.load(folder)
+    if plan is None or parts.train_final is None:
+        return
+    for k, seed in enumerate(plan.seeds):  # Every network once before any of them twice.
+        for finalist in plan.finalists:
+            home = folder / "models" / finalist.arch_id
+            if _done(home, seed):
+                continue
+            home.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(home / f".seed-{k}.lock", timeout=0):
+                    if not _done(home, seed):
+                        score = parts.train_final(finalist.arch, seed, home / f"seed-{seed}")
+                        write_atomically(_score_path(home, seed), json.dumps({"seed": seed, **dataclasses.asdict(score)}, indent=1) + "\n")
+            except Timeout:
+                continue
+
+
+def trainings_done(folder: Path, plan: FinalPlan) -> int:
+    """How many trainings of the plan are on disk."""
+    return sum(_done(folder / "models" / f.arch_id, seed) for f in plan.finalists for seed in plan.seeds)
+
+
+def _score_path(home: Path, seed: int) -> Path:
+    return home / f"seed-{seed}.json"
+
+
+def _done(home: Path, seed: int) -> bool:
+    return _score_path(home, seed).exists()
+
+
+def _scores(folder: Path, arch_id: str, seeds: Sequence[int]) -> list[FinalScore]:
+    home = folder / "models" / arch_id
+    found = []
+    for seed in seeds:
+        path = _score_path(home, seed)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found.append(FinalScore(**{name: value for name, value in values.items() if name != "seed"}))
+        except (OSError, ValueError, TypeError) as error:
+            raise StudyError(f"{path} is damaged: {error}", hint=f"remove it and run again: lowsearch run --study {folder.name}") from error
+    return found
+
+
+# Measuring and writing, in the parent -----------------------------------------------------------------------------------
+
+
+def measure_planned(folder: Path, plan: FinalPlan, parts: Parts, progress: Progress | None) -> dict[str, tuple[float, float]]:
+    """arch_id -> (latency_ms, latency_std_ms) of every finalist, measured side by side; kept, so that a resume does not measure again.
+
+    Empty where the device is not attached.
+    """
+    if parts.measure is None or not plan.finalists:
+        return {}
+    path = folder / MEASUREMENTS
+    wanted = sorted({f.arch_id for f in plan.finalists})
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if sorted(stored) == wanted:
+                return {arch_id: (float(v["latency_ms"]), float(v["latency_std_ms"])) for arch_id, v in stored.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{path} is damaged: {error}", hint="remove the file and run the study again: the finalists are measured anew"
+            ) from error
+    measured = parts.measure([f.arch for f in plan.finalists], progress)
+    rows = {}
+    for finalist, latency in zip(plan.finalists, measured, strict=True):
+        raw = {name: getattr(latency, name) for name in ("samples_ms", "wall_over_cpu", "load_average") if hasattr(latency, name)}
+        rows[finalist.arch_id] = {"latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms, **raw}
+    write_atomically(path, json.dumps(rows, indent=1) + "\n")
+    return {arch_id: (row["latency_ms"], row["latency_std_ms"]) for arch_id, row in rows.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finals:
+    """What the end of a study found."""
+
+    rows: list[dict[str, Any]]
+    """Finalists, as in finalists.csv."""
+    n_limited: int
+    n_over_limit: int
+    """Finalists of the search's own whose measured latency breaks the limit."""
+    worst_excess: float
+    """The largest break as a fraction of the limit; 0 where none breaks it."""
+
+
+def write_finals(
+    folder: Path,
+    settings: StudySettings,
+    parts: Parts,
+    plan: FinalPlan,
+    measured: Mapping[str, tuple[float, float]],
+    *,
+    describe: Callable[[Sequence[Arch]], None],
+) -> Finals:
+    """Write finalists.csv, front.csv and models/<arch_id>/ from the trainings and measurements on disk."""
+    trained = parts.train_final is not None and settings.accuracy not in ("params", "macs")
+    scores = {f.arch_id: _scores(folder, f.arch_id, plan.seeds) if trained else [] for f in plan.finalists}
+    seed_std, seed_std_origin = _seed_spread(plan, scores)
+    estimator = Estimator(parts.space, parts.latency)
+    limit_ms = next((x.bound for x in settings.limits if x.metric == "latency_ms" and x.side == "max"), math.nan)
+    rows = []
+    for f in plan.finalists:
+        estimates = estimator.estimate(parts.space.encode(f.arch)[None])
+        mean = {metric: float(values[0]) for metric, values in estimates.mean.items()}
+        predicted = (mean["latency_ms"], float(estimates.std["latency_ms"][0]))
+        latency_ms, latency_std_ms = measured.get(f.arch_id, predicted)
+        row: dict[str, Any] = {
+            "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_ms": latency_ms, "latency_std_ms": latency_std_ms,
+            "latency_source": "measured" if f.arch_id in measured else parts.latency_source, "predicted_latency_ms": mean["latency_ms"],
+            "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms), "macs": mean["macs"], "params": mean["params"],
+            "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
+        }  # fmt: skip
+        if scores[f.arch_id]:
+            row |= _trained_columns(scores[f.arch_id], seed_std, seed_std_origin)
+            row |= {"weights": f"models/{f.arch_id}/model.safetensors", "estimated_accuracy": f.estimated_accuracy}
+        elif not math.isnan(f.estimated_accuracy):
+            row |= accuracy_columns(settings, f.estimated_accuracy, f.accuracy_std, f.rung)
+        rows.append(row)
+    for row, on_front in zip(rows, _on_front(settings, rows), strict=True):
+        row["on_front"] = bool(on_front)
+    describe([f.arch for f in plan.finalists])
+    for f, row in zip(plan.finalists, rows, strict=True):
+        _write_model(folder, f, row, scores[f.arch_id], plan.seeds)
+    write_csv(folder / "finalists.csv", COLUMNS, rows)
+    write_csv(folder / "front.csv", COLUMNS, [row for row in rows if row["on_front"]])
+    own = [row for row in rows if row["origin"] != "family" and not math.isnan(limit_ms)]
+    worst = max((row["latency_ms"] / limit_ms - 1 for row in own), default=0.0)
+    return Finals(rows=rows, n_limited=len(own), n_over_limit=sum(row["over_limit"] for row in own), worst_excess=max(worst, 0.0))
+
+
+def _trained_columns(scores: Sequence[FinalScore], seed_std: float, seed_std_origin: str) -> dict[str, Any]:
+    """Accuracies are means over the seeds; the standard error joins the draw of the test images and the spread between seeds."""
+    test = float(np.mean([s.test_accuracy for s in scores]))
+    n_test = scores[0].n_test
+    binomial = test * (1 - test) / n_test
+    # The same images serve every seed, so more seeds shrink only the second term.
+    std = math.sqrt(binomial + (0.0 if math.isnan(seed_std) else seed_std**2 / len(scores)))
+    return {
+        "val_accuracy": float(np.mean([s.val_accuracy for s in scores])), "test_accuracy": test, "accuracy_std": std,
+        "accuracy_std_origin": f"binomial on {n_test} test images{seed_std_origin}", "accuracy_source": "trained",
+    }  # fmt: skip
+
+
+def _seed_spread(plan: FinalPlan, scores: Mapping[str, Sequence[FinalScore]]) -> tuple[float, str]:
+    """Standard deviation between seeds, pooled over the finalists, and how it was had.
+
+    With one seed each, the family's search score serves as the second: it was trained on the whole schedule whatever it scored, so
+    no choice flatters the difference.
+    """
+    variances = [float(np.var([s.val_accuracy for s in scores[f.arch_id]], ddof=1)) for f in plan.finalists if len(scores[f.arch_id]) > 1]
+    if variances:
+        return math.sqrt(float(np.mean(variances))), f", and spread of {len(plan.seeds)} seeds pooled over {len(variances)} networks"
+    pairs = [
+        (f.search_val_accuracy, scores[f.arch_id][0].val_accuracy)
+        for f in plan.finalists
+        if f.origin == "family" and f.rung >= 1 and scores[f.arch_id] and not math.isnan(f.search_val_accuracy)
+    ]
+    if len(pairs) < 2:
+        return math.nan, "; spread between seeds not known"
+    differences = np.array([a - b for a, b in pairs])
+    return float(np.sqrt(np.mean(differences**2) / 2)), f", and spread between seeds from {len(pairs)} family members trained twice"
+
+
+def _on_front(settings: StudySettings, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """By validation accuracy (or proxy) and latency as measured; the test split chooses nothing."""
+    if not rows:
+        return np.zeros(0, dtype=bool)
+    accuracy = "score" if settings.accuracy in ("params", "macs") else "val_accuracy"
+    values: dict[Metric, np.ndarray] = {
+        m: np.array([row.get(accuracy if m == "accuracy" else m, math.nan) for row in rows], dtype=float)
+        for m in settings.objectives.metrics
+    }
+    return pareto.non_dominated(settings.objectives.costs(values))
+
+
+def _write_model(folder: Path, f: Finalist, row: Mapping[str, Any], scores: Sequence[FinalScore], seeds: Sequence[int]) -> None:
+    home = folder / "models" / f.arch_id
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomically(home / "arch.json", f.arch.to_json() + "\n")
+    metrics = {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+    metrics["trainings"] = [{"seed": seed, **dataclasses.asdict(score)} for seed, score in zip(seeds, scores, strict=False)]
+    write_atomically(home / "metrics.json", json.dumps(metrics, indent=1, default=float) + "\n")
+    weights = home / f"seed-{seeds[0]}.safetensors" if seeds else home / "none"
+    if scores and weights.exists():  # The first seed's, whatever it scored: choosing among seeds would flatter the accuracy.
+        os.replace(weights, home / "model.safetensors")
+    for leftover in home.glob("seed-*.checkpoint*"):
+        leftover.unlink()
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,141 @@
+"""What a study is made of: the space, the frozen latency table, the training ladder, the final training, the device.
+
+`study.run` and its workers see these only through `Parts`; `build_parts` makes the real ones from a study's folder, tests make others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from lowsearch.arch import Arch, Block
+from lowsearch.search.estimates import AccuracyModel, LatencyModel
+from lowsearch.search.settings import StudySettings
+from lowsearch.space import SearchSpace
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, label)."""
+
+
+class Record(Protocol):
+    """One training, or part of one; `accuracy.AccuracyRecord` is one."""
+
+    @property
+    def arch(self) -> Arch: ...
+    @property
+    def arch_id(self) -> str: ...
+    @property
+    def rung(self) -> float: ...
+    @property
+    def val_accuracy(self) -> float: ...
+    @property
+    def cpu_seconds(self) -> float: ...
+
+
+class Scorer(AccuracyModel, Protocol):
+    """A fitted accuracy model that can also read a partial training."""
+
+    def predict_record(self, record: Any) -> tuple[float, float]:
+        """Mean and standard deviation of the full-schedule accuracy of a candidate trained to the record's rung."""
+        ...
+
+
+class Training(Protocol):
+    """The ladder of one study. What it trained is recorded on disk before `run` returns."""
+
+    @property
+    def rungs(self) -> Sequence[float]: ...
+
+    def run(self, arch: Arch, rung: float) -> Record:
+        """Train on from the rung below; a rung that is recorded already is returned at once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalScore:
+    """One full training of a finalist, with a seed that the search did not use."""
+
+    val_accuracy: float
+    test_accuracy: float
+    n_val: int
+    n_test: int
+    cpu_seconds: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """More for metrics.json: the curve, the recipe."""
+
+
+class Share(Protocol):
+    """One block's part of a predicted latency; `latency.BlockShare` is one."""
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def block(self) -> Block: ...
+    @property
+    def ms(self) -> float: ...
+    @property
+    def source(self) -> str: ...
+
+
+class Measured(Protocol):
+    """A measured network; `latency.NetworkLatency` is one."""
+
+    @property
+    def latency_ms(self) -> float: ...
+    @property
+    def latency_std_ms(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything a study works with. The functions that need torch import it when they are called."""
+
+    space: SearchSpace
+    latency: LatencyModel
+    latency_source: Literal["predicted", "table"]
+    """`table` where the device is not attached: nothing can be measured again."""
+    explain: Callable[[Arch], Sequence[Share]]
+    chance_accuracy: float
+    training: Callable[[], Training] | None
+    """Opens the ladder; None where the study trains nothing."""
+    records: Callable[[], Sequence[Record]]
+    """Everything the study has trained so far, by any worker, in an order that does not depend on who was first."""
+    fit: Callable[[Sequence[Any]], Scorer | None]
+    """An accuracy model of such records; None where they are too few."""
+    train_final: Callable[[Arch, int, Path], FinalScore] | None
+    """Trains a network with a seed on the full schedule, resumably, and leaves `<path>.safetensors`."""
+    measure: Callable[[Sequence[Arch], Progress | None], Sequence[Measured]] | None
+    """Measures networks in fresh processes, interleaved; None where the device is not attached."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What study.yaml states beside the settings: the device's name, versions, hashes, sizes."""
+
+
+@dataclass(frozen=True)
+class ProxyAccuracy:
+    """MACs or parameters in place of accuracy, as log10: certain, never called accuracy in any output."""
+
+    space: SearchSpace
+    metric: Literal["macs", "params"]
+
+    def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        from lowsearch.search.estimates import Estimator
+
+        score = np.log10(Estimator(self.space, None).estimate(genomes).mean[self.metric])
+        return score, np.zeros(len(genomes))
+
+
+def resolve(settings: StudySettings) -> StudySettings:
+    """`settings` with every default and alias replaced by what it means here."""
+    raise NotImplementedError
+
+
+def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
+    raise NotImplementedError
+
+
+def build_parts(folder: Path, settings: StudySettings) -> Parts:
+    raise NotImplementedError

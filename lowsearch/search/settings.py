@@ -1,0 +1,163 @@
+"""What a study is asked to do: the settings of `lowsearch run`, checked, stored in study.yaml, and compared on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from lowsearch.errors import StudyError, UsageError
+from lowsearch.search.objectives import Limit, Objectives, parse_limits, parse_objectives
+
+SamplerName = Literal["lowsearch", "nsga2", "tpe", "random"]
+AccuracyKind = Literal["trained", "params", "macs"]
+
+DEFAULT_BUDGET_S = 480.0
+DEFAULT_DATA = "fashion-mnist-mini"
+SCHEMA = "lowsearch-study"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudySettings:
+    """Settings of one study. `device` may be an alias (`cpu`); study.yaml holds what it meant."""
+
+    device: str = "cpu"
+    runtime: str = "onnxruntime"
+    precision: str = "fp32"
+    batch: int = 1
+    threads: int = 1
+    """CPU threads of the runtime that latency is measured with."""
+    space: str = "lowformer-micro"
+    """Name or YAML file."""
+    data: str | None = None
+    """Data set by name; None for the embedded one."""
+    objective: str = "acc-latency"
+    limits: tuple[Limit, ...] = ()
+    budget_s: float | None = None
+    """Seconds of search; 8 minutes where neither a budget nor a number of trials is given."""
+    trials: int | None = None
+    """Networks that the sampler proposes and that are scored; the hand-made family comes on top."""
+    sampler: SamplerName = "lowsearch"
+    seed: int = 0
+    workers: int = 2
+    """Processes that train side by side, one thread each."""
+    recipe: str | None = None
+    """Training recipe by name; None for the one made for the data."""
+    accuracy: AccuracyKind | None = None
+    """`trained`, or a proxy that needs no training; None for `trained` where the data suit the space."""
+    final_seeds: int | None = None
+    """Fresh trainings of every finalist; None for 1, or 2 where the budget allows."""
+
+    def __post_init__(self) -> None:
+        parse_objectives(self.objective)
+        for name, choices in (("sampler", get_args(SamplerName)), ("accuracy", (None, *get_args(AccuracyKind)))):
+            value = getattr(self, name)
+            if value not in choices:
+                listed = ", ".join(c for c in choices if c)
+                raise UsageError(f"{name} is {value!r}; known: {listed}", hint=f"--{name} {next(c for c in choices if c)}")
+        for name, least in (("batch", 1), ("threads", 1), ("workers", 1), ("seed", 0), ("trials", 1), ("final_seeds", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise UsageError(
+                    f"{name} is {value!r}, expected a whole number of at least {least}", hint=f"--{name.replace('_', '-')} {least}"
+                )
+        if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
+            raise UsageError(f"budget is {self.budget_s!r} seconds, expected more than 0", hint="--budget 8m")
+        if self.accuracy in ("params", "macs") and any(limit.metric == "accuracy" for limit in self.limits):
+            raise UsageError(f"accuracy has a limit, but --accuracy {self.accuracy} measures none", hint="drop the limit or the proxy")
+
+    @property
+    def objectives(self) -> Objectives:
+        return parse_objectives(self.objective)
+
+    @property
+    def search_budget_s(self) -> float | None:
+        """Seconds of search, None where only the number of trials ends it."""
+        return self.budget_s if self.budget_s is not None or self.trials is not None else DEFAULT_BUDGET_S
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for study.yaml; `from_dict` inverts it."""
+        values = dataclasses.asdict(self)
+        values["limits"] = {side: [f"{x.metric}={x.bound!r}" for x in self.limits if x.side == side] for side in ("max", "min")}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
+        """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
+            if wrong:
+                raise StudyError(f"{kind} setting {min(wrong)!r}", hint="the study was made by another version, or study.yaml was edited")
+        limits = values["limits"]
+        if not isinstance(limits, Mapping) or set(limits) != {"max", "min"}:
+            raise StudyError(f"limits are {limits!r}, expected lists max and min")
+        return cls(**{**values, "limits": parse_limits(maxima=limits["max"], minima=limits["min"])})
+
+
+EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds")
+"""Settings that a resumed study may change: more of the same search. Any other change would mix two studies."""
+
+_FLAGS = {"objective": "--objective", "limits": "--max/--min", "budget_s": "--budget"}
+
+
+def check_resumable(name: str, stored: StudySettings, asked: StudySettings) -> None:
+    """Raise StudyError where `asked` differs from the study's settings in anything but its length and its workers."""
+    for field in dataclasses.fields(StudySettings):
+        then, now = getattr(stored, field.name), getattr(asked, field.name)
+        if then == now or field.name in EXTENSIBLE:
+            continue
+        flag = _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
+        again = _as_flags(field.name, then)
+        raise StudyError(
+            f"study {name!r} was made with {field.name} {_shown(then)}, not {_shown(now)}",
+            hint=f"resume with {again or f'no {flag}'}, or start another study with another --study NAME",
+        )
+
+
+def _as_flags(name: str, value: Any) -> str:
+    if name == "limits":
+        return " ".join(f"--{x.side} {x.metric}={x.bound:g}" for x in value)
+    return f"--{name.replace('_', '-')} {value}" if value is not None else ""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def read_study_file(folder: Path) -> dict[str, Any] | None:
+    """The values of study.yaml, or None where the study does not exist yet. Raises StudyError on a damaged file."""
+    path = folder / "study.yaml"
+    if not path.exists():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}", hint=f"mend the file, or remove {folder}") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA or values.get("version") != VERSION:
+        found = f"{values.get('schema')!r} version {values.get('version')!r}" if isinstance(values, dict) else type(values).__name__
+        raise StudyError(f"{path} is {found}, expected {SCHEMA!r} version {VERSION}", hint=f"start another study, or remove {folder}")
+    return values
+
+
+def stored_settings(folder: Path) -> StudySettings | None:
+    """The settings of the study in `folder`, or None where there is none yet. `lowsearch run --study NAME` starts from them."""
+    values = read_study_file(folder)
+    if values is None:
+        return None
+    settings = values.get("settings")
+    if not isinstance(settings, Mapping):
+        raise StudyError(
+            f"{folder / 'study.yaml'}: settings are {settings!r}, expected a mapping", hint=f"mend the file, or remove {folder}"
+        )
+    try:
+        return StudySettings.from_dict(settings)
+    except (StudyError, UsageError, TypeError) as error:
+        message = error.message if isinstance(error, StudyError | UsageError) else str(error)
+        raise StudyError(f"{folder / 'study.yaml'}: {message}", hint=f"mend the file, or remove {folder}") from error

@@ -1,0 +1,188 @@
+"""The Optuna side of a study: its SQLite file, what a trial says about a candidate, and giving back what a dead process held.
+
+A trial is one candidate and keeps its number for ever. A trial whose process died is set back to WAITING, under the same number and
+with the parameters it already has: it is the next to run, so a study that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import TrialState
+
+from lowsearch.arch import Arch
+from lowsearch.errors import StudyError
+from lowsearch.search.objectives import Objectives
+from lowsearch.search.sampler import gene_indices
+from lowsearch.space import SearchSpace
+
+DATABASE = "study.db"
+STUDY_NAME = "lowsearch"
+MAX_DEATHS = 2
+"""A candidate whose process died this often (out of memory, say) is given up, so that it cannot stop the study."""
+
+_LOCK_TIMEOUT_S = 120
+_HEARTBEAT_S = 10
+_GRACE_S = 600  # Long: a stopped laptop's trials must not be given away by the first process that wakes up.
+
+Origin = Literal["family", "proposed", "random"]
+State = Literal["waiting", "running", "complete", "pruned", "failed"]
+_STATES: dict[TrialState, State] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+def open_study(folder: Path, objectives: Objectives, *, sampler: BaseSampler | None = None) -> optuna.Study:
+    """The Optuna study of `folder`, made where it does not exist. Raises StudyError where its file is no database."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = folder / DATABASE
+    with warnings.catch_warnings():
+        # The heartbeat is what `Study.optimize` keeps up for the storage; Optuna calls it experimental.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        try:
+            _prepare_database(path)
+            storage = RDBStorage(
+                f"sqlite:///{path.resolve()}",
+                engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}},
+                heartbeat_interval=_HEARTBEAT_S,
+                grace_period=_GRACE_S,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_DEATHS),
+            )
+        except sqlite3.DatabaseError as error:
+            raise StudyError(f"{path} is damaged: {error}", hint=f"restore it, or remove {folder} and search again") from error
+        sqlalchemy.event.listen(storage.engine, "connect", _without_fsync)
+        storage.engine.dispose()  # Connections opened so far have not heard of it.
+        return optuna.create_study(
+            storage=storage, study_name=STUDY_NAME, directions=list(objectives.directions), sampler=sampler, load_if_exists=True
+        )
+
+
+def _prepare_database(path: Path) -> None:
+    """Check the file, and have it keep a write-ahead log. Raises sqlite3.DatabaseError."""
+    connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)
+    try:
+        found = connection.execute("PRAGMA quick_check").fetchone()
+        if found != ("ok",):
+            raise sqlite3.DatabaseError(str(found[0]))
+        connection.execute("PRAGMA journal_mode=WAL")
+    finally:
+        connection.close()
+
+
+def _without_fsync(connection: Any, _: Any) -> None:
+    """A killed process loses nothing that way; a power cut may lose the last trials, whose trainings are in the records.
+
+    Optuna commits every gene by itself, and waiting for the disk 60 times a trial took a second.
+    """
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def enqueue(study: optuna.Study, space: SearchSpace, networks: dict[str, Arch], *, origin: Origin) -> None:
+    """Queue `networks`, by name, before everything the sampler will propose; those that are queued already stay as they are."""
+    known = {t.user_attrs.get("name") for t in study.get_trials(deepcopy=False)}
+    for name, arch in networks.items():
+        if name not in known:
+            study.enqueue_trial(gene_indices(space.encode(arch), space), user_attrs={"origin": origin, "name": name})
+
+
+def reclaim(study: optuna.Study, *, living: Sequence[str] = (), crashed: Sequence[str] = ()) -> list[int]:
+    """Set the RUNNING trials of dead processes back to WAITING, and return their numbers.
+
+    `living` are the workers at work, `crashed` those that died by themselves: a candidate that MAX_DEATHS of these held is failed
+    instead. Call it where no worker can be between asking for a trial and signing it, so under the proposal lock.
+    """
+    storage = study._storage  # Optuna has no public way back to WAITING; the storage's own method allows it.
+    numbers = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("worker")
+        if worker in living:
+            continue
+        deaths = int(trial.user_attrs.get("deaths", 0)) + (worker in crashed)
+        if worker in crashed:
+            storage.set_trial_user_attr(trial._trial_id, "deaths", deaths)
+        if deaths >= MAX_DEATHS:
+            storage.set_trial_user_attr(trial._trial_id, "reason", f"its process died {deaths} times")
+            storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+        else:
+            if isinstance(storage, BaseHeartbeat):
+                storage.record_heartbeat(trial._trial_id)  # An old beat would make it stale the moment it runs again.
+            storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
+        numbers.append(trial.number)
+    return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What Optuna holds of one candidate."""
+
+    number: int
+    genome: np.ndarray
+    """Canonical, (n_genes,)."""
+    origin: Origin
+    name: str
+    state: State
+    reason: str
+    """Why it was pruned or given up."""
+    rung: float
+    """Fraction of the full schedule it was trained to; 0 where it was not."""
+    accuracy: float
+    """Estimated score after the full schedule when the trial ended; NaN where there is none."""
+    accuracy_std: float
+    val_accuracy: float
+    """As measured at `rung`; NaN where nothing was trained."""
+    elapsed_s: float
+    """Seconds of search when it was finished."""
+
+
+def candidates(study: optuna.Study, space: SearchSpace) -> list[Candidate]:
+    """The study's candidates by number; a trial that has not all its genes yet is left out, an enqueued one is not."""
+    found = []
+    for trial in sorted(study.get_trials(deepcopy=False), key=lambda t: t.number):
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        if not all(gene.name in params for gene in space.genes):
+            continue
+        genome = space.canonical(np.array([[params[gene.name] for gene in space.genes]], dtype=np.int8))[0]
+        attrs: dict[str, Any] = trial.user_attrs
+        score = attrs.get("score") or {}
+        found.append(
+            Candidate(
+                number=trial.number,
+                genome=genome,
+                origin=attrs.get("origin", "proposed"),
+                name=attrs.get("name", ""),
+                state=_STATES[trial.state],
+                reason=attrs.get("reason", ""),
+                rung=float(score.get("rung", 0.0)),
+                accuracy=_number(score.get("accuracy")),
+                accuracy_std=_number(score.get("accuracy_std")),
+                val_accuracy=_number(score.get("val_accuracy")),
+                elapsed_s=float(attrs.get("elapsed_s", np.nan)),
+            )  # fmt: skip
+        )
+    return found
+
+
+def n_proposals(study: optuna.Study) -> int:
+    """Proposals that count as trials: scored, in work, or waiting to be taken up again; not the family, not what was pruned or failed."""
+    counted = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+    return sum(t.user_attrs.get("origin") != "family" for t in study.get_trials(deepcopy=False, states=counted))
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,482 @@
+"""A study from its first file to its front: create or resume, search in worker processes, train and measure the finalists.
+
+`run` owns the study's folder while it works (a lock), starts the workers, watches them, keeps the plain files up to date and counts the
+time. Killed at any moment, the same call goes on: Optuna and the records hold what was finished, a trial in flight is taken up again
+under its number and trains on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+import yaml
+from filelock import FileLock, Timeout
+from scipy.stats import kendalltau, spearmanr
+
+from lowsearch import errors
+from lowsearch.errors import LowsearchError, StudyError
+from lowsearch.latency.table import write_atomically
+from lowsearch.search import finalists, promotion
+from lowsearch.search.estimates import Estimator, excess, reference_values
+from lowsearch.search.outputs import StudyFiles
+from lowsearch.search.parts import Parts, Progress, build_parts, prepare, resolve
+from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
+from lowsearch.search.storage import Candidate, candidates, enqueue, n_proposals, open_study, reclaim
+from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan, proxy_of
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["profile", "search", "finals"]
+CLOCK = "clock.json"
+MAX_CRASHES_IN_A_ROW = 3
+_POLL_S = 0.25
+_REFRESH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Where a study gets its parts from; tests give another."""
+
+    resolve: Callable[[StudySettings], StudySettings] = resolve
+    prepare: Callable[[Path, StudySettings, Progress | None], None] = prepare
+    parts: Callable[[Path, StudySettings], Parts] = build_parts
+    worker: tuple[str, ...] = (sys.executable, "-m", "lowsearch.search.worker")
+    """Command that starts a worker; folder, name, job and elapsed seconds are appended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyResult:
+    """What a finished study found; the same is in its files."""
+
+    folder: Path
+    front: list[dict[str, Any]]
+    """Rows of front.csv."""
+    summary: dict[str, Any]
+    """As in summary.json."""
+
+
+def run(settings: StudySettings, folder: Path, *, progress: Progress | None = None, backend: Backend | None = None) -> StudyResult:
+    """Create the study in `folder` or resume it, and bring it to its end.
+
+    Raises StudyError where another process is at work on it or where it was made with other settings. KeyboardInterrupt stops the
+    workers first; the same call resumes.
+    """
+    backend = backend or Backend()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        clock = Clock(folder / CLOCK)
+        settings = backend.resolve(settings)
+        stored = stored_settings(folder)
+        if stored is not None:
+            check_resumable(folder.name, stored, settings)
+        with clock.running("profile"):
+            backend.prepare(folder, settings, progress)
+        parts = backend.parts(folder, settings)
+        _await_orphans(folder)
+        plan = _opened(folder, settings, parts)
+        study = open_study(folder, settings.objectives)
+        reclaim(study)
+        enqueue(study, parts.space, dict(parts.space.family), origin="family")
+        run = _Run(folder, plan, parts, study, backend, clock, progress)
+        with clock.running("search"):
+            run.search()
+        with clock.running("finals"):
+            return run.finish()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise StudyError(
+            f"study {folder.name!r} is being run by another process", hint="wait for it, or choose another --study NAME"
+        ) from error
+
+
+def _await_orphans(folder: Path) -> None:
+    """Wait until the workers of a killed run are gone: they end by themselves when they find their parent gone."""
+    for lock in folder.glob(WORKER_LOCK.format(slot="*")):
+        try:
+            with FileLock(lock, timeout=60):
+                pass
+        except Timeout as error:
+            raise StudyError(
+                f"a worker of an earlier run of study {folder.name!r} is still at work", hint=f"end the process that holds {lock}"
+            ) from error
+
+
+def _opened(folder: Path, settings: StudySettings, parts: Parts) -> Plan:
+    """The plan in study.yaml, written where the study is new, its length and workers brought up to date where it is resumed."""
+    values = read_study_file(folder)
+    if values is None:
+        values = _new_study(folder, settings, parts)
+    values |= _shown_settings(settings) | {"settings": settings.to_dict()}
+    write_study_file(folder, values)
+    return Plan.read(folder)
+
+
+def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str, Any]:
+    estimator = Estimator(parts.space, parts.latency)
+    proxy = proxy_of(settings, parts)
+    reference = reference_values(estimator, chance_accuracy=parts.chance_accuracy)
+    if proxy is not None:  # The score is log10 of the proxy: counted from 0.9 times the family's smallest.
+        family = [parts.space.encode(arch) for arch in parts.space.family.values()]
+        genomes = np.stack(family) if family else parts.space.sample(300, rng=np.random.default_rng(0))
+        reference["accuracy"] = float(proxy.predict(genomes)[0].min() + math.log10(0.9))
+    sample = estimator.estimate(parts.space.sample(2000, rng=np.random.default_rng(settings.seed)))
+    second = settings.objectives.members[1]
+    costs = second.cost(sample.mean[second.metric])[excess(sample, settings.limits) == 0]
+    edges = promotion.slice_edges(costs, float(second.cost(np.array([reference[second.metric]]))[0]))
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "name": folder.name,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "reference_point": {metric: float(value) for metric, value in reference.items()},
+        "slice_edges": edges,
+        "space_size": float(parts.space.size()),
+        "versions": {name: metadata.version(name) for name in ("lowsearch", "optuna", "torch", "onnxruntime")},
+        **parts.facts,
+    }
+
+
+def _shown_settings(settings: StudySettings) -> dict[str, Any]:
+    """The settings as the report shows them."""
+    names = (
+        "device",
+        "runtime",
+        "precision",
+        "batch",
+        "threads",
+        "space",
+        "data",
+        "objective",
+        "sampler",
+        "seed",
+        "workers",
+        "recipe",
+        "accuracy",
+    )
+    shown: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    shown["limits"] = [str(limit) for limit in settings.limits]
+    budget_s = settings.search_budget_s
+    shown["budget"] = f"{settings.trials} trials" if budget_s is None else f"{budget_s / 60:g}m" if budget_s >= 60 else f"{budget_s:g}s"
+    return shown
+
+
+def write_study_file(folder: Path, values: dict[str, Any]) -> None:
+    """Replace study.yaml."""
+    write_atomically(folder / "study.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+class Clock:
+    """Seconds spent in every phase, over all runs of a study; on disk, at most a second old."""
+
+    def __init__(self, path: Path, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._now = path, now
+        self.spent_s: dict[str, float] = {}
+        self._phase: Phase | None = None
+        self._since = self._saved = now()
+        if path.exists():
+            try:
+                self.spent_s = {str(phase): float(seconds) for phase, seconds in json.loads(path.read_text(encoding="utf-8")).items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise StudyError(
+                    f"{path} is damaged: {error}", hint="remove the file; the study then has its whole budget again"
+                ) from error
+
+    def seconds(self, phase: Phase) -> float:
+        """Seconds spent in `phase` so far."""
+        running = self._now() - self._since if phase == self._phase else 0.0
+        return self.spent_s.get(phase, 0.0) + running
+
+    @contextmanager
+    def running(self, phase: Phase) -> Iterator[None]:
+        """Count the time of the block as `phase`."""
+        self._phase, self._since = phase, self._now()
+        try:
+            yield
+        finally:
+            self.tick(now=True)
+            self._phase = None
+
+    def tick(self, *, now: bool = False) -> None:
+        """Save the time, if a second has passed since it was last saved."""
+        if self._phase is None or (self._now() - self._saved < 1 and not now):
+            return
+        moment = self._now()
+        self.spent_s[self._phase] = self.spent_s.get(self._phase, 0.0) + moment - self._since
+        self._since = self._saved = moment
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.spent_s) + "\n", encoding="utf-8")  # Not fsynced: a lost second is no loss.
+        os.replace(temporary, self._path)
+
+
+class _Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, folder: Path, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self.log = folder / "logs" / f"{name.split('.')[0]}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as stderr:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
+                env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")},
+            )  # fmt: skip
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def ask_to_stop(self) -> None:
+        """Have it end the search at the next rung."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # It is dead already, and its exit code tells why.
+            self._process.stdin.write("stop\n")
+            self._process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self.close()
+
+    def close(self) -> str:
+        """Wait for its end and return what it wrote to stdout."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        said = self._process.stdout.read()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                stream.close()
+        return said
+
+    def last_words(self) -> str:
+        """The last line of its log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no message"
+
+
+class _Run:
+    """One run of a study, from the moment its folder is open."""
+
+    def __init__(
+        self, folder: Path, plan: Plan, parts: Parts, study: optuna.Study, backend: Backend, clock: Clock, progress: Progress | None
+    ) -> None:
+        self._folder, self._plan, self._parts, self._study, self._backend = folder, plan, parts, study, backend
+        self._clock, self._progress = clock, progress
+        self._files = StudyFiles(folder, plan.settings, parts, plan.reference_costs)
+        self._workers: list[_Worker] = []
+        self._refreshed = -math.inf
+        self._hypervolume = 0.0
+
+    # Search ------------------------------------------------------------------------------------------------------------
+
+    def search(self) -> None:
+        """Search until the budget is spent or the trials are done."""
+        if not (self._folder / "space_sample.csv").exists():
+            self._files.write_sample(None)
+        self._refresh(force=True)
+        stopping = False
+        crashes = finished_at_crash = 0
+        try:
+            while True:
+                if not stopping and self._budget_is_spent():
+                    stopping = True
+                    for worker in self._workers:
+                        worker.ask_to_stop()
+                crashed = self._collect()
+                if crashed:
+                    finished = self._n_finished()
+                    crashes = 1 if finished > finished_at_crash else crashes + 1
+                    finished_at_crash = finished
+                    if crashes >= MAX_CRASHES_IN_A_ROW:
+                        raise self._crashed(crashed[-1])
+                needed = not stopping and not self._enough()
+                if not self._workers and not needed:
+                    break
+                if needed:
+                    self._start_missing("search")
+                self._clock.tick()
+                self._refresh()
+                time.sleep(_POLL_S)
+        finally:
+            self._end_workers()
+            self._refresh(force=True)
+
+    def _budget_is_spent(self) -> bool:
+        budget_s = self._plan.settings.search_budget_s
+        return budget_s is not None and self._clock.seconds("search") >= budget_s
+
+    def _enough(self) -> bool:
+        """Whether no worker could start anything that the study still needs."""
+        states = optuna.trial.TrialState
+        if self._study.get_trials(deepcopy=False, states=(states.WAITING,)):
+            return False
+        trials = self._plan.settings.trials
+        return trials is not None and n_proposals(self._study) >= trials
+
+    def _n_finished(self) -> int:
+        return sum(c.state in ("complete", "pruned", "failed") for c in candidates(self._study, self._parts.space))
+
+    def _start_missing(self, job: Literal["search", "finals"]) -> None:
+        for slot in range(self._plan.settings.workers):
+            if not any(worker.name.startswith(f"worker-{slot}.") for worker in self._workers):
+                name = f"worker-{slot}.{secrets.token_hex(4)}"
+                command = [*self._backend.worker, str(self._folder), name, job]
+                command += [f"{self._clock.seconds('search'):.3f}"] if job == "search" else []
+                self._workers.append(_Worker(self._folder, name, command))
+
+    def _collect(self) -> list[_Worker]:
+        """Take leave of ended workers; returns those that crashed, whose trials have been given back."""
+        ended = [worker for worker in self._workers if worker.exit_code is not None]
+        if not ended:
+            return []
+        self._workers = [worker for worker in self._workers if worker not in ended]
+        crashed = []
+        for worker in ended:
+            said = worker.close()
+            if worker.exit_code == USER_ERROR_EXIT:
+                raise _user_error(said, worker)
+            if worker.exit_code != 0:
+                log.warning("%s ended with code %s: %s", worker.name, worker.exit_code, worker.last_words())
+                crashed.append(worker)
+        if crashed:
+            with FileLock(self._folder / PROPOSAL_LOCK):
+                reclaim(self._study, living=[w.name for w in self._workers], crashed=[w.name for w in crashed])
+        return crashed
+
+    def _crashed(self, worker: _Worker) -> StudyError:
+        return StudyError(
+            f"workers of study {self._folder.name!r} died {MAX_CRASHES_IN_A_ROW} times in a row: {worker.last_words()}",
+            hint=f"read {worker.log}; the same command resumes",
+        )
+
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+        reclaim(self._study)
+
+    def _refresh(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._refreshed < _REFRESH_S:
+            return
+        self._refreshed = now
+        found = candidates(self._study, self._parts.space)
+        self._hypervolume = self._files.refresh(found)
+        self._report(found)
+
+    def _report(self, found: Sequence[Candidate]) -> None:
+        if self._progress is None:
+            return
+        scored = sum(c.state == "complete" for c in found)
+        label = f"search: {scored} networks scored, hypervolume {self._hypervolume:.3f}"
+        trials, budget_s = self._plan.settings.trials, self._plan.settings.search_budget_s
+        if trials is not None:
+            total = trials + len(self._parts.space.family)
+            self._progress(min(scored, total), total, label)
+        elif budget_s is not None:
+            self._progress(int(min(self._clock.seconds("search"), budget_s)), int(budget_s), label)
+
+    # Finals ------------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> StudyResult:
+        """Train and measure the finalists, and write what the study found."""
+        found = candidates(self._study, self._parts.space)
+        settings = self._plan.settings
+        plan = finalists.plan_finals(
+            self._folder, settings, self._parts, found, self._plan.reference_costs, schedule_cpu_s=self._schedule_cpu_s()
+        )
+        self._files.describe(f.arch for f in plan.finalists)
+        if self._parts.train_final is not None and settings.accuracy not in ("params", "macs"):
+            self._train(plan)
+        self._clock.tick()
+        measured = finalists.measure_planned(self._folder, plan, self._parts, self._progress)
+        finals = finalists.write_finals(self._folder, settings, self._parts, plan, measured, describe=self._files.describe)
+        proxy = proxy_of(settings, self._parts)
+        self._files.write_sample(None if proxy else self._parts.fit(self._parts.records()))
+        self._files.refresh(found)
+        self._clock.tick(now=True)
+        summary = self._summary(found, finals)
+        write_atomically(self._folder / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
+        values = read_study_file(self._folder) or {}
+        write_study_file(self._folder, values | {"spent_s": {phase: round(seconds, 1) for phase, seconds in self._clock.spent_s.items()}})
+        return StudyResult(folder=self._folder, front=[row for row in finals.rows if row["on_front"]], summary=summary)
+
+    def _schedule_cpu_s(self) -> float:
+        """What a training of the whole schedule costs on average; 0 where none was done."""
+        whole = [record.cpu_seconds for record in self._parts.records() if record.rung >= 1]
+        return float(np.mean(whole)) if whole else 0.0
+
+    def _train(self, plan: finalists.FinalPlan) -> None:
+        total = len(plan.finalists) * len(plan.seeds)
+        crashes = 0
+        try:
+            while (done := finalists.trainings_done(self._folder, plan)) < total or self._workers:
+                crashed = self._collect()
+                crashes += len(crashed)
+                if crashes >= MAX_CRASHES_IN_A_ROW:
+                    raise self._crashed(crashed[-1])
+                if self._progress is not None:
+                    self._progress(done, total, "train the front")
+                if done < total and not self._workers:
+                    self._start_missing("finals")
+                self._clock.tick()
+                time.sleep(_POLL_S)
+        finally:
+            self._end_workers()
+
+    def _summary(self, found: Sequence[Candidate], finals: finalists.Finals) -> dict[str, Any]:
+        scored = [c.origin for c in found if c.state == "complete"]
+        return {
+            "hypervolume": self._hypervolume,
+            "candidates": dict(Counter(c.state for c in found)),
+            "scored": dict(Counter(scored)),
+            "finalists": len(finals.rows),
+            "front": sum(row["on_front"] for row in finals.rows),
+            "limit": {"limited": finals.n_limited, "broken": finals.n_over_limit, "worst_excess": finals.worst_excess},
+            "ladder": self._ladder_check(),
+            "spent_s": dict(self._clock.spent_s),
+        }
+
+    def _ladder_check(self) -> dict[str, Any]:
+        """How the lowest rung ranks the networks that were trained on the whole schedule: the ladder's spot check."""
+        by_rung: dict[str, dict[float, float]] = {}
+        for record in self._parts.records():
+            by_rung.setdefault(record.arch_id, {})[record.rung] = record.val_accuracy
+        pairs = [(rungs[min(rungs)], rungs[1.0]) for rungs in by_rung.values() if 1.0 in rungs and min(rungs) < 1.0]
+        if len(pairs) < 3:
+            return {"pairs": len(pairs)}
+        first, last = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        with np.errstate(invalid="ignore"):
+            spearman, kendall = spearmanr(first, last), kendalltau(first, last)
+        return {"pairs": len(pairs), "spearman": float(spearman[0]), "kendall": float(kendall[0])}  # type: ignore[arg-type]
+
+
+def _user_error(said: str, worker: _Worker) -> LowsearchError:
+    try:
+        values = json.loads(said.strip().splitlines()[-1])
+        kind = getattr(errors, values["kind"], StudyError)
+        return kind(values["message"], hint=values["hint"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        return StudyError(f"a worker stopped: {worker.last_words()}", hint=f"read {worker.log}")

@@ -1,0 +1,298 @@
+"""A worker of a study: one process, one torch thread, one network at a time. Started by `study.run`, never by hand.
+
+    python -m lowsearch.search.worker FOLDER NAME search ELAPSED_S
+    python -m lowsearch.search.worker FOLDER NAME finals
+
+Any byte on stdin ends the search at the next rung; the end of the stream (the parent is gone) ends the process at once. Everything it
+trained is on disk by then. It dies rather than let Optuna mark an interrupted trial as failed, so that the trial is taken up again
+under the same number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import optuna
+from filelock import FileLock
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from lowsearch.arch import Arch
+from lowsearch.errors import LowsearchError, StudyError
+from lowsearch.search.estimates import AccuracyModel, Estimator, excess
+from lowsearch.search.foreign import FOREIGN, SeededSampler
+from lowsearch.search.objectives import Metric
+from lowsearch.search.parts import Parts, ProxyAccuracy, Record, Scorer, build_parts
+from lowsearch.search.promotion import may_go_on
+from lowsearch.search.sampler import LowSearchSampler, suggest_genome
+from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
+from lowsearch.search.storage import candidates, n_proposals, open_study
+
+logger = logging.getLogger(__name__)
+
+PROPOSAL_LOCK = ".proposal.lock"
+WORKER_LOCK = ".{slot}.lock"
+"""Held by a worker for as long as it lives."""
+USER_ERROR_EXIT = 3
+MAX_PRUNED_IN_A_ROW = 300
+"""A sampler that only finds networks over a limit, or only repeats, is stopped and the user told."""
+UNKNOWN_STD = 0.05
+"""Of a score while there are too few records for a model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a worker needs of study.yaml."""
+
+    settings: StudySettings
+    reference: dict[Metric, float]
+    """Worst value by metric, fixed at the study's creation."""
+    slice_edges: list[float]
+    """Edges of the slices within which candidates compete for further training, as costs of the second objective."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan:
+        """The plan of the study in `folder`. Raises StudyError where study.yaml is damaged."""
+        settings, values = stored_settings(folder), read_study_file(folder)
+        if settings is None or values is None:
+            raise StudyError(f"{folder} holds no study.yaml, so it is not a study", hint=f"lowsearch run --study {folder.name}")
+        try:
+            reference = {metric: float(value) for metric, value in values["reference_point"].items()}
+            return cls(settings=settings, reference=reference, slice_edges=[float(edge) for edge in values["slice_edges"]])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StudyError(
+                f"{folder / 'study.yaml'}: reference_point or slice_edges are damaged", hint=f"mend the file, or remove {folder}"
+            ) from error
+
+    @property
+    def reference_costs(self) -> np.ndarray:
+        """The reference point as costs, (n_objectives,)."""
+        objectives = self.settings.objectives
+        return objectives.costs({metric: np.array([self.reference[metric]]) for metric in objectives.metrics})[0]
+
+
+class Abandoned(BaseException):
+    """Leaves a trial RUNNING, to be taken up again. No Exception: those Optuna would catch, and mark the trial as failed."""
+
+
+class SearchWorker:
+    """Runs trials until the study has enough of them or is told to stop."""
+
+    def __init__(self, folder: Path, plan: Plan, parts: Parts, *, name: str, stopped: threading.Event, clock: Callable[[], float]) -> None:
+        """`clock` gives the seconds of search so far, over all runs."""
+        self._plan, self._parts, self._name, self._stopped, self._clock = plan, parts, name, stopped, clock
+        self._lock = FileLock(folder / PROPOSAL_LOCK)
+        self._estimator = Estimator(parts.space, parts.latency)
+        self._objectives = plan.settings.objectives
+        self._reference = plan.reference_costs
+        self._proxy = proxy_of(plan.settings, parts)
+        asked = self._objectives.metrics + tuple(limit.metric for limit in plan.settings.limits)
+        self._training = parts.training() if "accuracy" in asked and self._proxy is None and parts.training else None
+        self._study = open_study(folder, self._objectives)
+        self._study.sampler = self._sampler()
+        self._pruned_in_a_row = 0
+
+    def run(self) -> None:
+        """Run trials to the end of the search. Raises Abandoned, from the error, where a candidate could not be finished."""
+        while not self._stopped.is_set():
+            self._lock.acquire()  # From asking for a trial to signing and checking it, no other worker asks.
+            try:
+                if self._enough():
+                    return
+                self._study.optimize(self._objective, n_trials=1, callbacks=[self._count_pruned])
+            finally:
+                self._lock.release(force=True)
+
+    def _enough(self) -> bool:
+        """Whether nothing is waiting and the sampler has proposed all it may."""
+        if self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return False
+        trials = self._plan.settings.trials
+        return trials is not None and n_proposals(self._study) >= trials
+
+    def _count_pruned(self, _: optuna.Study, trial: FrozenTrial) -> None:
+        self._pruned_in_a_row = self._pruned_in_a_row + 1 if trial.state == TrialState.PRUNED else 0
+        if self._pruned_in_a_row >= MAX_PRUNED_IN_A_ROW:
+            raise StudyError(
+                f"{self._pruned_in_a_row} proposals of sampler {self._plan.settings.sampler!r} in a row break a limit or were tried before",
+                hint="loosen --max or --min, or start another study with --sampler lowsearch",
+            )
+
+    def _objective(self, trial: Trial) -> tuple[float, ...]:
+        try:
+            trial.set_user_attr("worker", self._name)
+            if "origin" not in trial.user_attrs:
+                trial.set_user_attr("origin", "random" if self._plan.settings.sampler == "random" else "proposed")
+            genome = suggest_genome(trial, self._parts.space)
+            reason = self._refusal(trial, genome)
+            self._lock.release(force=True)
+            if not reason:
+                score = self._score(self._parts.space.decode(genome), genome, family=trial.user_attrs["origin"] == "family")
+                trial.set_user_attr("score", dataclasses.asdict(score))
+                self._sign_off(trial)
+                mean = {metric: float(values[0]) for metric, values in self._estimator.estimate(genome[None]).mean.items()}
+                mean["accuracy"] = float("nan") if score.accuracy is None else score.accuracy
+                return tuple(mean[metric] for metric in self._objectives.metrics)
+            trial.set_user_attr("reason", reason)
+            self._sign_off(trial)
+        except Exception as error:
+            raise Abandoned from error
+        raise optuna.TrialPruned(reason)
+
+    def _sign_off(self, trial: Trial) -> None:
+        trial.set_user_attr("elapsed_s", round(self._clock(), 2))
+
+    def _refusal(self, trial: Trial, genome: np.ndarray) -> str:
+        """Why `genome` must not be trained, or nothing. Tells Optuna's samplers how far a limit is broken."""
+        estimates = self._estimator.estimate(genome[None])
+        broken = float(excess(estimates, self._plan.settings.limits)[0])
+        if self._plan.settings.limits and "limits" not in trial.constraints:
+            trial.set_constraint("limits", broken)
+        if broken > 0:
+            return f"breaks {', '.join(map(str, self._plan.settings.limits))} by {100 * broken:.1f} %"
+        return "was tried before" if self._tried(genome, but=trial.number) else ""
+
+    def _tried(self, genome: np.ndarray, *, but: int | None = None) -> bool:
+        others = candidates(self._study, self._parts.space)
+        return any(
+            (other.genome == genome).all()
+            for other in others
+            if other.number != but and other.state != "pruned" and (other.state != "failed" or other.reason)  # Without: being retried.
+        )
+
+    def _is_new_and_allowed(self, genome: np.ndarray) -> bool:
+        genome = self._parts.space.canonical(genome[None])
+        broken = excess(self._estimator.estimate(genome), self._plan.settings.limits)[0]
+        return broken == 0 and not self._tried(genome[0])
+
+    def _sampler(self) -> BaseSampler:
+        settings = self._plan.settings
+        if settings.sampler == "lowsearch":
+            return LowSearchSampler(
+                self._parts.space, latency=self._parts.latency, accuracy=self._newest_model, objectives=self._objectives,
+                limits=settings.limits, reference=self._plan.reference, seed=settings.seed,
+            )  # fmt: skip
+        accept = self._is_new_and_allowed if settings.sampler == "random" else None
+        return SeededSampler(FOREIGN[settings.sampler], self._parts.space, seed=settings.seed, accept=accept)
+
+    def _newest_model(self) -> AccuracyModel | None:
+        if self._proxy is not None:
+            return self._proxy
+        return self._parts.fit(self._parts.records()) if self._training is not None else None
+
+    # Training ----------------------------------------------------------------------------------------------------------
+
+    def _score(self, arch: Arch, genome: np.ndarray, *, family: bool) -> Score:
+        if self._proxy is not None:
+            return Score(accuracy=float(self._proxy.predict(genome[None])[0][0]), accuracy_std=0.0, rung=0.0)
+        if self._training is None:
+            return Score(accuracy=None, accuracy_std=None, rung=0.0)
+        score = None
+        for rung in self._training.rungs:
+            record = self._training.run(arch, rung)
+            # What a candidate recorded above this rung before it was interrupted must not change what is decided at this one.
+            records = [r for r in self._parts.records() if r.arch_id != record.arch_id or r.rung <= rung]
+            scorer = self._parts.fit(records)
+            mean, std = scorer.predict_record(record) if scorer else (record.val_accuracy, UNKNOWN_STD)
+            score = Score(accuracy=float(mean), accuracy_std=float(std), rung=rung, val_accuracy=float(record.val_accuracy))
+            if self._stopped.is_set() or not (family or self._may_go_on(record, records, scorer)):
+                break
+        assert score is not None, "a ladder has at least one rung"
+        return score
+
+    def _may_go_on(self, record: Record, records: Sequence[Record], scorer: Scorer | None) -> bool:
+        if self._objectives.metrics[0] != "accuracy":
+            return False  # A limit on accuracy alone: the first rung tells whether it is out of reach.
+        latest: dict[str, Record] = {}
+        for other in records:
+            if other.arch_id not in latest or other.rung > latest[other.arch_id].rung:
+                latest[other.arch_id] = other
+        members = list(latest.values())
+        scores = [scorer.predict_record(m) if scorer else (m.val_accuracy, UNKNOWN_STD) for m in members]
+        mean = dict(self._estimator.estimate(np.stack([self._parts.space.encode(m.arch) for m in members])).mean)
+        mean["accuracy"] = np.array([s[0] for s in scores])
+        return may_go_on(
+            self._objectives.costs({metric: mean[metric] for metric in self._objectives.metrics}),
+            np.array([s[1] for s in scores]),
+            own=next(i for i, m in enumerate(members) if m.arch_id == record.arch_id),
+            at_rung=np.array([m.rung >= record.rung for m in members]),
+            edges=self._plan.slice_edges,
+            reference=self._reference,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a candidate's training says about it."""
+
+    accuracy: float | None
+    """Estimated accuracy after the full schedule, or the proxy; None where neither was asked for."""
+    accuracy_std: float | None
+    rung: float
+    """Fraction of the full schedule that was trained."""
+    val_accuracy: float | None = None
+    """As measured at that rung."""
+
+
+def proxy_of(settings: StudySettings, parts: Parts) -> ProxyAccuracy | None:
+    """The proxy that stands for accuracy in a study that trains nothing."""
+    return ProxyAccuracy(parts.space, settings.accuracy) if settings.accuracy in ("params", "macs") else None
+
+
+def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Parts] = build_parts) -> int:
+    """Entry point of the process; returns its exit code. A mistake of the user's goes to stdout as JSON, for the parent to raise."""
+    folder, name, job = Path(arguments[0]), arguments[1], arguments[2]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers itself.
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
+    stopped = threading.Event()
+    threading.Thread(target=_obey, args=(stopped,), daemon=True).start()
+    slot = name.partition(".")[0]
+    try:
+        held = FileLock(folder / WORKER_LOCK.format(slot=slot), timeout=60)  # A lock without a name is given back at once.
+        held.acquire()
+        plan = Plan.read(folder)
+        if job == "finals":
+            from lowsearch.search.finalists import train_planned
+
+            train_planned(folder, parts(folder, plan.settings))
+            return 0
+        start, before_s = time.monotonic(), float(arguments[3])
+        worker = SearchWorker(
+            folder, plan, parts(folder, plan.settings), name=name, stopped=stopped, clock=lambda: before_s + time.monotonic() - start
+        )
+        worker.run()
+        return 0
+    except LowsearchError as error:
+        return _complain(error)
+    except Abandoned as abandoned:
+        if isinstance(abandoned.__cause__, LowsearchError):
+            return _complain(abandoned.__cause__)
+        traceback.print_exception(abandoned.__cause__)
+        return 1
+
+
+def _complain(error: LowsearchError) -> int:
+    print(json.dumps({"kind": type(error).__name__, "message": error.message, "hint": error.hint}), flush=True)
+    return USER_ERROR_EXIT
+
+
+def _obey(stopped: threading.Event) -> None:
+    while os.read(0, 64):  # Not sys.stdin: a thread that waits in it breaks the interpreter's shutdown.
+        stopped.set()
+    os._exit(1)  # The parent is gone: whoever resumes the study must not meet this process.
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

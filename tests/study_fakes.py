@@ -1,0 +1,208 @@
+"""A study with closed-form latency and accuracy, runnable in seconds: what test_study.py and its worker processes share.
+
+As a script it is both sides: `study_fakes.py worker FOLDER NAME JOB ...` and `study_fakes.py run FOLDER SETTINGS_JSON`.
+Files in the study's folder make it misbehave: `crash-on` (arch_ids, one a line, whose training kills the process), `crash-once`
+(the same, but only the first time), `mistake` (raises a user error).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from sklearn.linear_model import BayesianRidge
+
+from lowsearch import cost
+from lowsearch.arch import Arch, Block
+from lowsearch.errors import DataError
+from lowsearch.search import worker
+from lowsearch.search.parts import FinalScore, Parts
+from lowsearch.search.settings import StudySettings
+from lowsearch.search.study import Backend, run
+from lowsearch.space import SearchSpace
+
+SPACE = SearchSpace.load("lowformer-micro")
+SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
+RUNGS = (0.25, 0.5, 1.0)
+STEP_S = float(os.environ.get("FAKE_STEP_S", "0"))
+"""How long a rung takes."""
+
+
+class FakeLatency:
+    """50 ns per thousand MACs, known to 5 %."""
+
+    def predict(self, genomes):
+        mean_ms = SCORE(genomes)[:, 0] / 2e7
+        return mean_ms, 0.05 * mean_ms
+
+
+def true_accuracy(genomes):
+    """Full-schedule accuracy (n,): saturates in the MACs, with a fixed taste for some features."""
+    features = SPACE.features(genomes)
+    taste = features @ np.random.default_rng(1).normal(size=features.shape[1])
+    return 0.8 - 0.5 / (1 + SCORE(genomes)[:, 0] / 1e6) + 0.05 * np.tanh(taste / 10)
+
+
+def noise(arch_id, seed, *, std=0.004):
+    return std * np.random.default_rng([int(arch_id, 16), seed]).normal()
+
+
+@dataclass(frozen=True)
+class FakeRecord:
+    arch: Arch
+    rung: float
+    val_accuracy: float
+    cpu_seconds: float
+
+    @property
+    def arch_id(self):
+        return self.arch.arch_id
+
+
+class FakeRecords:
+    """Lines of JSON, appended under a lock."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "records.jsonl"
+
+    def append(self, record: FakeRecord):
+        with FileLock(self.path.with_suffix(".lock")), self.path.open("a") as file:
+            file.write(json.dumps({**dataclasses.asdict(record), "arch": record.arch.to_dict()}) + "\n")
+
+    def read(self) -> list[FakeRecord]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines()
+        records = [FakeRecord(**{**json.loads(line), "arch": Arch.from_dict(json.loads(line)["arch"])}) for line in lines]
+        return sorted(records, key=lambda r: (r.arch_id, r.rung))
+
+
+class FakeTraining:
+    """Accuracy grows towards the truth along the rungs."""
+
+    rungs = RUNGS
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed, self.records = folder, seed, FakeRecords(folder)
+
+    def run(self, arch, rung):
+        known = {(r.arch_id, r.rung): r for r in self.records.read()}
+        if (arch.arch_id, rung) in known:
+            return known[arch.arch_id, rung]
+        misbehave(self.folder, arch)
+        time.sleep(STEP_S)
+        truth = float(true_accuracy(SPACE.encode(arch)[None])[0])
+        accuracy = truth * (0.7 + 0.3 * rung) + noise(arch.arch_id, self.seed)
+        record = FakeRecord(arch, rung, accuracy, cpu_seconds=10 * rung)
+        self.records.append(record)
+        return record
+
+
+class FakeScorer:
+    """Linear regression of what is known: a full accuracy as it is, a partial one scaled up."""
+
+    def __init__(self, records: Sequence[FakeRecord]):
+        genomes = np.stack([SPACE.encode(r.arch) for r in records])
+        targets = np.array([self.predict_record(r)[0] for r in records])
+        self.model = BayesianRidge().fit(self._features(genomes), targets)
+
+    def _features(self, genomes):
+        return np.column_stack([SPACE.features(genomes), np.log(SCORE(genomes))])
+
+    def predict(self, genomes):
+        return self.model.predict(self._features(genomes), return_std=True)
+
+    def predict_record(self, record):
+        return record.val_accuracy / (0.7 + 0.3 * record.rung), 0.02 * (1.05 - record.rung)
+
+
+@dataclass(frozen=True)
+class FakeShare:
+    place: str
+    block: Block
+    ms: float
+    source: str = "measured"
+
+
+@dataclass(frozen=True)
+class FakeMeasured:
+    latency_ms: float
+    latency_std_ms: float
+    samples_ms: tuple = ((1.0,), (1.0,))
+
+
+def measure(archs, progress):
+    """3 % above the prediction, whatever the network."""
+    mean_ms, _ = FakeLatency().predict(np.stack([SPACE.encode(a) for a in archs]))
+    return [FakeMeasured(1.03 * float(ms), 0.001) for ms in mean_ms]
+
+
+def train_final(arch, seed, path):
+    time.sleep(STEP_S)
+    truth = float(true_accuracy(SPACE.encode(arch)[None])[0])
+    path.with_name(path.name + ".checkpoint").write_text("half way")
+    path.with_name(path.name + ".safetensors").write_bytes(b"weights")
+    return FinalScore(
+        val_accuracy=truth + noise(arch.arch_id, seed), test_accuracy=truth - 0.01, n_val=1000, n_test=2000, cpu_seconds=10.0
+    )
+
+
+def misbehave(folder, arch):
+    for name in ("crash-on", "crash-once"):
+        path = folder / name
+        if path.exists() and arch.arch_id in path.read_text().split():
+            if name == "crash-once":
+                path.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+    if (folder / "mistake").exists():
+        raise DataError("the images are gone", hint="bring them back")
+    if (folder / "bug").exists():
+        raise ZeroDivisionError("a bug")
+
+
+def make_parts(folder: Path, settings: StudySettings) -> Parts:
+    attached = settings.device != "elsewhere"
+    return Parts(
+        space=SPACE,
+        latency=FakeLatency(),
+        latency_source="predicted" if attached else "table",
+        explain=lambda arch: [
+            FakeShare(place, block, cost.of_block(block).macs / 2e7) for place, block in arch.named_blocks()
+        ],
+        chance_accuracy=0.1,
+        training=lambda: FakeTraining(folder, settings.seed),
+        records=FakeRecords(folder).read,
+        fit=lambda records: FakeScorer(records) if len(records) >= 4 else None,
+        train_final=train_final,
+        measure=measure if attached else None,
+        facts={"device_name": "a fake device", "images": {"train": 8000, "val": 1000, "test": 2000}},
+    )
+
+
+def backend() -> Backend:
+    return Backend(
+        resolve=lambda settings: settings,
+        prepare=lambda folder, settings, progress: None,
+        parts=make_parts,
+        worker=(sys.executable, __file__, "worker"),
+    )
+
+
+def main(arguments):
+    if arguments[0] == "worker":
+        return worker.main(arguments[1:], parts=make_parts)
+    run(StudySettings(**json.loads(arguments[2])), Path(arguments[1]), backend=backend())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
