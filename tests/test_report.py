@@ -184,6 +184,8 @@ def test_a_folder_without_a_study_is_refused_with_the_command(tmp_path: Path):
         ("networks.json", '"arch"', '"architecture"', "arch_id to arch and blocks"),
         ("networks.json", "{", "", "not JSON"),
         ("study.yaml", "objective:", "objective: [", "not YAML"),
+        ("study.yaml", "acc-latency", "acc-speed", "objective"),
+        ("study.yaml", "search: 480.0", "search: soon", "spent_s"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name_line_and_column(tmp_path: Path, file: str, old: str, new: str, said: str):
@@ -216,7 +218,7 @@ def test_non_dominated_agrees_with_comparing_every_pair(running: StudyFiles):
     def is_beaten(n: Network) -> bool:
         return any(o.latency_ms <= n.latency_ms and o.val_accuracy >= n.val_accuracy and o is not n for o in networks)
 
-    assert tables.non_dominated(networks) == sorted((n for n in networks if not is_beaten(n)), key=lambda n: n.latency_ms)
+    assert tables.non_dominated(running, networks) == sorted((n for n in networks if not is_beaten(n)), key=lambda n: n.latency_ms)
 
 
 def test_a_network_is_scored_by_its_furthest_rung():
@@ -408,24 +410,59 @@ def traces(figure: Any) -> list[dict[str, Any]]:
 
 def test_front_figure_draws_every_finalist_once_on_both_splits(finished: StudyFiles):
     for split in ("validation", "test"):
-        drawn = [t for t in traces(figures.pareto_figure(finished, split=split)) if t["meta"]["role"] in ("front", "family")]
+        drawn = [t for t in traces(figures.front_figure(finished, split=split)) if t["meta"]["role"] in ("front", "family")]
         ids = [arch_id for trace in drawn for arch_id in trace.get("customdata", ())]
         assert sorted(ids) == sorted(network.arch_id for network in finished.finalists)
 
 
 def test_front_figure_of_the_test_split_holds_no_validation_numbers(finished: StudyFiles):
     known = {round(100 * n.test_accuracy, 9) for n in finished.finalists}
-    assert {round(y, 9) for trace in traces(figures.pareto_figure(finished, split="test")) for y in trace["y"]} <= known
+    assert {round(y, 9) for trace in traces(figures.front_figure(finished, split="test")) for y in trace["y"]} <= known
 
 
 def test_marker_shape_says_where_the_latency_is_from(finished: StudyFiles):
     def shapes(study: StudyFiles) -> dict[str, set[str]]:
-        drawn = [t for t in traces(figures.pareto_figure(study, split="validation")) if "customdata" in t]
+        drawn = [t for t in traces(figures.front_figure(study, split="validation")) if "customdata" in t]
         return {trace["meta"]["role"]: set(trace["marker"]["symbol"]) for trace in drawn}
 
     assert shapes(finished) == {"random": {"circle-open"}, "candidate": {"circle-open"}, "front": {"circle"}, "family": {"circle"}}
     table = replace(finished, finalists=tuple(replace(n, latency_source="table") for n in finished.finalists))
     assert shapes(table)["front"] == {"square"}
+
+
+def test_a_study_of_other_objectives_is_drawn_in_them(running: StudyFiles):
+    of_params = replace(running, settings={**running.settings, "objective": "acc-params"})
+    x, y = tables.plot_axes(of_params, "validation")
+    assert (x.title, y.title) == ("Parameters, thousands", "Validation accuracy, %")
+    front = tables.best_known_front(of_params)
+    others = tables.scored_candidates(of_params)
+    assert not any(o.params <= n.params and o.val_accuracy > n.val_accuracy for n in front for o in others)
+    of_costs = replace(running, settings={**running.settings, "objective": "latency-macs"})
+    assert [axis.title for axis in tables.plot_axes(of_costs, "validation")] == ["Latency, ms", "MACs, millions"]
+    for study in (of_params, of_costs):
+        assert "The front" in sections.body(study)
+        assert page_data(study)["networks"]
+
+
+def test_a_front_of_three_objectives_is_not_a_line(running: StudyFiles):
+    three = replace(running, settings={**running.settings, "objective": "acc-latency-params"})
+    lines = [trace for trace in traces(figures.front_figure(three, split="validation")) if trace["mode"] == "lines"]
+    assert lines == []
+
+
+def test_a_proxy_is_drawn_as_one_and_never_called_accuracy(running: StudyFiles):
+    def with_proxy(network: Network) -> Network:
+        unknown = {"val_accuracy": float("nan"), "accuracy_std": float("nan")}
+        return replace(network, score=math.log10(network.params), accuracy_source="proxy:params", **unknown)
+
+    study = replace(running, candidates=tuple(map(with_proxy, running.candidates)), sample=())
+    study = replace(study, finalists=tuple(replace(n, on_front=True) for n in tables.best_known_front(study)))
+    figure = json.loads(str(figures.front_figure(study, split="validation").to_json()))
+    assert figure["layout"]["yaxis"]["title"]["text"] == "log10 of params, in place of accuracy"
+    assert max(y for trace in figure["data"] for y in trace["y"]) == pytest.approx(max(n.score for n in study.candidates))
+    assert tables.against_family(study) == []
+    assert tables.hypervolumes(study) is None
+    assert "%" not in sections.key_figures(study)[0].explanation
 
 
 def test_every_figure_is_drawn_without_finals(running: StudyFiles):
@@ -466,7 +503,7 @@ def test_text_from_files_never_becomes_markup(tmp_path: Path):
         texts = ("name", "origin", "accuracy_source", "accuracy_std_origin", "latency_source")
         write_csv(folder / name, [row | {c: HOSTILE for c in texts if c in row} for row in rows])
     settings = yaml.safe_load((folder / "study.yaml").read_text())
-    settings |= dict.fromkeys(("name", "device_name", "space", "data", "sampler", "runtime", "budget", "created", "objective"), HOSTILE)
+    settings |= dict.fromkeys(("name", "device_name", "space", "data", "sampler", "runtime", "budget", "created"), HOSTILE)
     settings["versions"] = settings["images"] = {}
     settings["versions"] = {HOSTILE: HOSTILE, "lowsearch": HOSTILE}
     (folder / "study.yaml").write_text(yaml.safe_dump(settings))

@@ -1,7 +1,6 @@
 """The page's plots as Plotly figures. Colours are roles (`meta.role`) that the page fills in from its light or dark palette.
 
-Colour says where a network comes from; the shape of its marker says where its numbers come from. Latency is on a logarithmic axis in
-ms, accuracy in %, error bars are one standard error.
+Colour says where a network comes from; the shape of its marker says where its latency comes from. Error bars are one standard error.
 """
 
 from __future__ import annotations
@@ -14,18 +13,19 @@ import plotly.graph_objects as go
 
 from lowsearch.report import tables
 from lowsearch.report.study_files import Network, StudyFiles
+from lowsearch.report.tables import Axis
 
 SHAPES = {"measured": "circle", "table": "square", "predicted": "circle-open", "estimated": "diamond-open", "published": "star"}
 """Marker of a network by the source of its latency."""
 LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"}
 
 
-def pareto_figure(study: StudyFiles, *, split: str) -> go.Figure:
-    """Accuracy against latency: the search's networks, the hand-made family, and what else the space holds.
+def front_figure(study: StudyFiles, *, split: str) -> go.Figure:
+    """What the study searches for in one plot: the search's networks, the hand-made family, and what else the space holds.
 
     `split` is `validation`, where everything can be drawn, or `test`, which only finally trained networks have.
     """
-    accuracy = tables.Accuracy(split)
+    x, y = tables.plot_axes(study, split)
     final = tables.finals_are_known(study)
     final_ids = {network.arch_id for network in study.finalists}
     candidates = [n for n in tables.scored_candidates(study) if n.arch_id not in final_ids]
@@ -33,28 +33,30 @@ def pareto_figure(study: StudyFiles, *, split: str) -> go.Figure:
     shown = study.finalists if final else (*front, *(n for n in candidates if n.is_family and n not in front))
     family, proposed = [n for n in shown if n.is_family], [n for n in shown if not n.is_family]
     traces = [
-        _steps("Hand-made front", "family", tables.non_dominated(family), accuracy, dash="dot"),
-        _steps("Final front" if final else "Front so far", "front", front, accuracy),
-        _points(study, "Hand-made family", "family", family, accuracy, size=10, names=True),
-        _points(study, "Proposed by the search", "front", proposed, accuracy, size=10),
+        _points(study, "Hand-made family", "family", family, x, y, size=10, names=True),
+        _points(study, "Proposed by the search", "front", proposed, x, y, size=10),
     ]
+    if tables.has_two_objectives(study):
+        family_front = _steps("Hand-made front", "family", tables.non_dominated(study, family), x, y, dash="dot")
+        traces = [family_front, _steps("Final front" if final else "Front so far", "front", front, x, y), *traces]
     if split == "validation":
         others = [n for n in candidates if n not in shown]
         traces = [
-            _points(study, "Random members (predicted)", "random", study.sample, accuracy, size=5, bars=False),
-            _points(study, "Candidates", "candidate", others, accuracy, size=6, bars=False),
+            _points(study, "Random members (predicted)", "random", study.sample, x, y, size=5, bars=False),
+            _points(study, "Candidates", "candidate", others, x, y, size=6, bars=False),
             *traces,
         ]
     traces = [trace for trace in traces if trace.x]
     figure = go.Figure(traces)
     limit_ms = tables.limits(study).limit_ms
-    if math.isfinite(limit_ms):
+    if math.isfinite(limit_ms) and x is tables.AXES["latency_ms"]:
         figure.add_shape(type="line", x0=limit_ms, x1=limit_ms, y0=0, y1=1, yref="paper", line={"width": 1, "dash": "dash"})
         figure.add_annotation(
             x=math.log10(limit_ms), y=1, yref="paper", text=f"limit {limit_ms:g} ms", showarrow=False, xanchor="left", yanchor="top"
         )
-    figure.update_xaxes(_log_axis([x for trace in traces for x in trace.x or ()]))
-    return _styled(figure, x="Latency, ms", y=f"{split.capitalize()} accuracy, %", legend=LEGEND)
+    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
+    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    return _styled(figure, legend=LEGEND)
 
 
 def hypervolume_figure(study: StudyFiles) -> go.Figure:
@@ -70,36 +72,34 @@ def hypervolume_figure(study: StudyFiles) -> go.Figure:
             meta={"role": "front"},
         )
     )
-    return _styled(figure, x="Minutes of search", y="Hypervolume")
+    figure.update_layout(xaxis_title="Minutes of search", yaxis_title="Hypervolume")
+    return _styled(figure)
 
 
 def cost_figure(study: StudyFiles) -> go.Figure:
-    """Latency against MACs, both logarithmic: how far a count of operations stands for time on this device."""
+    """Latency against MACs: how far a count of operations stands for time on this device."""
+    x, y = tables.AXES["macs"], tables.AXES["latency_ms"]
     final_ids = {network.arch_id for network in study.finalists}
-    groups = {
-        "random": ("Random members", study.sample, 5),
-        "candidate": ("Candidates", [n for n in study.candidates if n.arch_id not in final_ids], 5),
-        "front": ("Proposed", [n for n in study.finalists if not n.is_family], 9),
-        "family": ("Hand-made", [n for n in study.finalists if n.is_family], 9),
-    }
-    traces = []
-    for role, (name, networks, size) in groups.items():
-        known = [n for n in networks if n.macs > 0 and n.latency_ms > 0]
-        places = {"x": [n.macs / 1e6 for n in known], "y": [n.latency_ms for n in known]}
-        traces.append(_markers(study, name, role, known, size=size).update(places))
+    groups = [
+        ("Random members", "random", study.sample, 5),
+        ("Candidates", "candidate", [n for n in study.candidates if n.arch_id not in final_ids], 5),
+        ("Proposed", "front", [n for n in study.finalists if not n.is_family], 9),
+        ("Hand-made", "family", [n for n in study.finalists if n.is_family], 9),
+    ]
+    traces = [_points(study, name, role, networks, x, y, size=size, bars=False) for name, role, networks, size in groups]
     traces = [trace for trace in traces if trace.x]
     figure = go.Figure(traces)
-    figure.update_xaxes(_log_axis([x for trace in traces for x in trace.x or ()]))
-    figure.update_yaxes(_log_axis([y for trace in traces for y in trace.y or ()]))
-    return _styled(figure, x="MACs, millions", y="Latency, ms", legend=LEGEND)
+    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
+    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    return _styled(figure, legend=LEGEND)
 
 
-def _steps(name: str, role: str, front: Sequence[Network], accuracy: tables.Accuracy, dash: str = "solid") -> go.Scatter:
+def _steps(name: str, role: str, front: Sequence[Network], x: Axis, y: Axis, dash: str = "solid") -> go.Scatter:
     """The border of what `front` dominates, as a staircase."""
-    known = [network for network in front if math.isfinite(accuracy(network))]
+    known = sorted(_drawable(front, x, y), key=x.value)
     return go.Scatter(
-        x=[network.latency_ms for network in known],
-        y=[100 * accuracy(network) for network in known],
+        x=[x.value(network) for network in known],
+        y=[y.value(network) for network in known],
         name=name,
         mode="lines",
         line={"shape": "hv", "width": 2 if dash == "solid" else 1.5, "dash": dash},
@@ -111,31 +111,37 @@ def _steps(name: str, role: str, front: Sequence[Network], accuracy: tables.Accu
 
 
 def _points(
-    study: StudyFiles, name: str, role: str, networks: Sequence[Network], accuracy: tables.Accuracy,
+    study: StudyFiles, name: str, role: str, networks: Sequence[Network], x: Axis, y: Axis,
     *, size: int, bars: bool = True, names: bool = False,
 ) -> go.Scatter:  # fmt: skip
-    known = [n for n in networks if math.isfinite(accuracy(n)) and n.latency_ms > 0]
-    trace = _markers(study, name, role, known, size=size)
-    trace.update(x=[n.latency_ms for n in known], y=[100 * accuracy(n) for n in known])
-    if names:
-        trace.update(mode="markers+text", text=[html.escape(n.name) for n in known], textposition="bottom right")
-    if bars:
-        trace.update(error_x=_bars([n.latency_std_ms for n in known]), error_y=_bars([100 * n.accuracy_std for n in known]))
-    return trace
-
-
-def _markers(study: StudyFiles, name: str, role: str, networks: Sequence[Network], *, size: int) -> go.Scatter:
-    """The markers of `networks`, still without their places."""
-    return go.Scatter(
+    known = _drawable(networks, x, y)
+    trace = go.Scatter(
+        x=[x.value(n) for n in known],
+        y=[y.value(n) for n in known],
         name=name,
         mode="markers",
-        marker={"size": size, "symbol": [_shape(n) for n in networks]},
-        hovertext=[_hover(study, n) for n in networks],
+        marker={"size": size, "symbol": [_shape(n) for n in known]},
+        hovertext=[_hover(study, n) for n in known],
         hovertemplate="%{hovertext}<extra></extra>",
-        customdata=[n.arch_id for n in networks],
+        customdata=[n.arch_id for n in known],
         legendgroup=role if role == "family" else None,
         meta={"role": role},
     )
+    if names:
+        trace.update(mode="markers+text", text=[html.escape(n.name) for n in known], textposition="bottom right")
+    if bars:
+        trace.update(error_x=_bars([x.std(n) for n in known]), error_y=_bars([y.std(n) for n in known]))
+    return trace
+
+
+def _drawable(networks: Sequence[Network], x: Axis, y: Axis) -> list[Network]:
+    """The networks that have a place: both values known, and positive on a logarithmic axis."""
+
+    def has_place(axis: Axis, network: Network) -> bool:
+        value = axis.value(network)
+        return math.isfinite(value) and (value > 0 or not axis.log)
+
+    return [network for network in networks if has_place(x, network) and has_place(y, network)]
 
 
 def _bars(stds: Sequence[float]) -> dict[str, object]:
@@ -157,7 +163,7 @@ def _hover(study: StudyFiles, network: Network) -> str:
     return "<br>".join(lines)
 
 
-def _styled(figure: go.Figure, *, x: str, y: str, legend: dict[str, object] | None = None) -> go.Figure:
+def _styled(figure: go.Figure, *, legend: dict[str, object] | None = None) -> go.Figure:
     figure.update_layout(
         template="none",
         margin={"l": 56, "r": 16, "t": 8, "b": 48},
@@ -168,15 +174,18 @@ def _styled(figure: go.Figure, *, x: str, y: str, legend: dict[str, object] | No
         dragmode="zoom",
         clickmode="event",
     )
-    figure.update_xaxes(title=x, zeroline=False, automargin=True)
-    figure.update_yaxes(title=y, zeroline=False, automargin=True)
+    figure.update_xaxes(zeroline=False, automargin=True)
+    figure.update_yaxes(zeroline=False, automargin=True)
     return figure
 
 
-def _log_axis(values: Sequence[float]) -> dict[str, object]:
-    """A logarithmic axis for `values`, with whole numbers as labels: plotly's own ticks of a short logarithmic axis are single digits."""
+def _scale(axis: Axis, values: Sequence[float]) -> dict[str, object]:
+    """The plot axis of `axis` for `values`. On a logarithmic one the labels are whole numbers, because plotly's own ticks of a short
+    logarithmic axis are single digits."""
+    if not axis.log:
+        return {"title": axis.title}
     low, high = min(values, default=1), max(values, default=1)
     digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high / low < 12 else (1, 2, 3, 5) if high / low < 60 else (1, 3)
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return {"title": axis.title, "type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

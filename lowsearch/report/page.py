@@ -49,9 +49,9 @@ def page_data(study: StudyFiles) -> dict[str, Any]:
     """What page.js works on: the figures, and every network that can be chosen."""
     from lowsearch.report import figures
 
-    drawn = {"validation": figures.pareto_figure(study, split="validation")}
+    drawn = {"validation": figures.front_figure(study, split="validation")}
     if tables.test_was_read(study):
-        drawn["test"] = figures.pareto_figure(study, split="test")
+        drawn["test"] = figures.front_figure(study, split="test")
     if study.hypervolume:
         drawn["hypervolume"] = figures.hypervolume_figure(study)
     if tables.cost_networks(study):

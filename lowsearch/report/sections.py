@@ -16,11 +16,16 @@ from lowsearch.report.tables import Estimate, FamilyComparison, duration, millis
 SOURCES = {
     "measured": "timed on the device itself, in fresh processes, as a whole network or as a single block",
     "table": "from a latency table that was measured elsewhere; the device is not attached here",
-    "predicted": "from a model: the sum over the network's blocks with a fitted correction, or what a short training points to",
-    "estimated": "from a formula, without a measurement behind it",
+    "predicted": "from a fitted model, without this network's own training or measurement",
+    "estimated": "worked out from partial evidence: accuracy from a training that stopped early, latency from a formula",
     "trained": "accuracy of weights that were trained here on the full schedule, with a fresh seed for the final networks",
     "published": "copied from a paper or model card",
 }
+READING = (
+    "Latency is the time of one forward pass at the stated batch. The front is the set of networks that no other beats in all objectives. "
+    "In stage tables ×4 is an expansion and g2 means two groups; Lowtention ÷2 runs at half the resolution, c0.5 at half the channels. "
+    "Errors of differences treat networks as independent; they were read on the same test images, so the true errors are somewhat smaller."
+)
 PHASES = {"profile": "profile the device", "calibrate": "calibrate", "search": "search", "finals": "train and re-measure the front"}
 SHAPES = {
     "measured": '<circle cx="6" cy="6" r="5" fill="currentColor"/>',
@@ -76,11 +81,21 @@ def facts(study: StudyFiles) -> list[tuple[str, str, str]]:
         ("Search space", _setting(study, "space"), f"{size:.2g} networks" if isinstance(size, int | float) else ""),
         ("Data", _setting(study, "data"), ", ".join(f"{n:,} {split}" for split, n in images.items())),
         ("Objective", _setting(study, "objective"), ", ".join(map(str, get("limits") or ()))),
+        ("Candidates", *_candidate_counts(study)),
         ("Sampler and seed", _joined(get("sampler"), _with("seed ", get("seed"))), ""),
         ("Started", _setting(study, "created")[:16].replace("T", " "), ""),
         ("Versions", _with("lowsearch ", versions.get("lowsearch")), _joined(*others)),
     ]
     return [row for row in rows if row[1]]
+
+
+def _candidate_counts(study: StudyFiles) -> tuple[str, str]:
+    counts = tables.candidate_counts(study)
+    if not study.candidates:
+        return "", ""
+    untrained = f"{counts['untrained']} refused before training" if counts["untrained"] else ""
+    whence = _joined(f"{counts['proposed']} proposed", f"{counts['family']} hand-made", untrained)
+    return f"{counts['family'] + counts['proposed']} scored", whence
 
 
 def _setting(study: StudyFiles, name: str) -> str:
@@ -169,14 +184,14 @@ def _key_figures(study: StudyFiles) -> str:
 
 
 def _front_card(front: Sequence[Network]) -> Card:
+    if not front:
+        return Card("Points on the front", "0", "", "no network qualified")
     accuracy = tables.comparable_accuracy(*front)
     values = sorted(accuracy(network) for network in front)
-    if not values:
-        return Card("Points on the front", "0", "", "no network qualified")
-    latency = f"{milliseconds(front[0].latency_ms)} to {milliseconds(front[-1].latency_ms)}"
-    return Card(
-        "Points on the front", str(len(front)), "", f"{latency}, {percent(values[0])} to {percent(values[-1])} {accuracy.split} accuracy"
-    )
+    spans = [f"{milliseconds(front[0].latency_ms)} to {milliseconds(front[-1].latency_ms)}"]
+    if all(map(math.isfinite, values)):
+        spans.append(f"{percent(values[0])} to {percent(values[-1])} {accuracy.split} accuracy")
+    return Card("Points on the front", str(len(front)), "", ", ".join(spans))
 
 
 def _hypervolume_card(study: StudyFiles) -> Card | None:
@@ -201,7 +216,8 @@ def _comparison_cards(comparisons: Sequence[FamilyComparison]) -> list[Card]:
         cards.append(Card("Accuracy at equal latency", percent(gain.value, signed=True).removesuffix(" %"), f"{_error(gain)} points", mean))
     if n_change:
         mean = f"mean over the {n_change} {family} that a proposed one is at least as accurate as"
-        cards.append(Card("Latency at equal accuracy", percent(change.value, signed=True), f"{_error(change)} %", mean))
+        value = percent(change.value, signed=True).removesuffix(" %")
+        cards.append(Card("Latency at equal accuracy", value, f"{_error(change)} %", mean))
     by = "by a network more than two standard errors better in both axes"
     return [*cards, Card("Hand-made networks beaten", str(beaten), f"of {len(comparisons)}", by)]
 
@@ -214,7 +230,8 @@ def _limit_card(study: StudyFiles) -> Card | None:
     limits, errors = tables.limits(study), tables.prediction_error(study)
     worst_off = f"worst {percent(errors.worst)}"
     if limits.n_limited:
-        excess = f"worst {percent(limits.worst_excess, signed=True)} against {limits.limit_ms:g} ms"
+        side = f"{percent(abs(limits.worst_excess))} {'over' if limits.worst_excess > 0 else 'under'} {limits.limit_ms:g} ms"
+        excess = f"the slowest proposed network is {side}"
         off = f"; re-measured latency is {percent(errors.median)} off its prediction (median), {worst_off}" if errors.n_networks else ""
         return Card("Broke the latency limit", str(limits.n_broken), f"of {limits.n_limited}", excess + off)
     if errors.n_networks:
@@ -240,7 +257,9 @@ def _front(study: StudyFiles) -> str:
         switch = f'<div class="switch" role="group" aria-label="Accuracy on">{"".join(buttons)}</div>'
     used = _latency_sources(study)
     shapes = [f'<li><svg viewBox="0 0 12 12" aria-hidden="true">{shape}</svg>latency {s}</li>' for s, shape in SHAPES.items() if s in used]
-    return f"""<section><h2>Accuracy against latency</h2><p class="note">{note} Choose a point to see the network.</p>
+    x, y = tables.plot_axes(study, "validation")
+    title = "Accuracy against latency" if (x.title, y.title) == ("Latency, ms", "Validation accuracy, %") else "The front"
+    return f"""<section><h2>{title}</h2><p class="note">{note} Choose a point to see the network.</p>
 <div class="explore">
 <div class="card plotcard"><div class="plotbar"><span class="note">Bars are one standard error.</span>{switch}</div>
 <div class="plot" id="pareto"></div><ul class="shapes">{"".join(shapes)}</ul></div>
@@ -418,8 +437,7 @@ def _reading(study: StudyFiles) -> str:
     used = _latency_sources(study) | {n.accuracy_source for n in (*study.finalists, *study.candidates, *study.sample)}
     words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in SOURCES.items() if word in used)
     return f"""<section><h2>How to read this page</h2>
-<p class="note">Latency is the time of one forward pass at the stated batch. In stage tables ×4 is an expansion and g2 means two groups;
-Lowtention ÷2 runs at half the resolution, c0.5 at half the channels. The front is the set of networks that no other beats in all objectives.</p>
+<p class="note">{READING}</p>
 <details><summary>Where each number is from</summary><dl>{words}</dl></details>
 <details><summary>All settings of the study</summary><pre>{escape(_as_yaml(study.settings))}</pre></details></section>"""
 

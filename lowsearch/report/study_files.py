@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lowsearch.errors import StudyError
+from lowsearch.errors import StudyError, UsageError
+from lowsearch.search.objectives import parse_objectives
 
 NAN = float("nan")
 FAMILY = "family"
@@ -38,6 +39,8 @@ class Network:
     accuracy_std: float = NAN
     accuracy_std_origin: str = ""
     accuracy_source: str = ""
+    score: float = NAN
+    """Stands in for accuracy in a study without training, and is never called accuracy; `accuracy_source` says what it is."""
     latency_ms: float = NAN
     latency_std_ms: float = NAN
     latency_source: str = ""
@@ -122,6 +125,14 @@ def _settings(path: Path) -> Mapping[str, Any]:
         raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise StudyError(f"{path} holds {type(values).__name__}, expected a mapping of settings")
+    try:
+        parse_objectives(str(values.get("objective", "acc-latency")))
+    except UsageError as error:
+        raise StudyError(f"{path}: {error.message}", hint=error.hint) from error
+    for name, numeric in (("images", True), ("versions", False), ("spent_s", True), ("reference_point", True)):
+        entries = values.get(name) or {}
+        if not isinstance(entries, dict) or (numeric and not all(isinstance(v, int | float) for v in entries.values())):
+            raise StudyError(f"{path}: {name} is {entries!r}, expected a mapping{' of names to numbers' if numeric else ''}")
     return values
 
 
@@ -210,6 +221,7 @@ def _network(row: _Row) -> Network:
         accuracy_std=row.number("accuracy_std", least=0),
         accuracy_std_origin=row.text("accuracy_std_origin"),
         accuracy_source=row.text("accuracy_source"),
+        score=row.number("score"),
         latency_ms=row.number("latency_ms", least=0),
         latency_std_ms=row.number("latency_std_ms", least=0),
         latency_source=row.text("latency_source"),

@@ -17,8 +17,13 @@ import numpy as np
 
 from lowsearch.report.study_files import NAN, Network, StudyFiles
 from lowsearch.search import pareto
+from lowsearch.search.objectives import Metric, Objectives, parse_objectives
 
 MEASURED = "measured"
+
+
+PROXY = "proxy:"
+"""`accuracy_source` of a study without training starts with this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,23 @@ class Accuracy:
 
 
 ON_VALIDATION, ON_TEST = Accuracy("validation"), Accuracy("test")
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One measure of a network as a plot shows it."""
+
+    title: str
+    value: Callable[[Network], float]
+    std: Callable[[Network], float] = lambda network: NAN
+    log: bool = True
+
+
+AXES = {
+    "latency_ms": Axis("Latency, ms", lambda n: n.latency_ms, lambda n: n.latency_std_ms),
+    "macs": Axis("MACs, millions", lambda n: n.macs / 1e6),
+    "params": Axis("Parameters, thousands", lambda n: n.params / 1e3),
+}
 STANDARD_ERRORS_TO_BEAT = 2.0
 """A hand-made network counts as beaten where one network is better by more than this in both accuracy and latency."""
 
@@ -115,31 +137,69 @@ def final_front(study: StudyFiles) -> list[Network]:
     return sorted(rows, key=lambda network: network.latency_ms)
 
 
+def objectives(study: StudyFiles) -> Objectives:
+    """What the study searches for; accuracy and latency where study.yaml does not say."""
+    return parse_objectives(str(study.settings.get("objective") or "acc-latency"))
+
+
+def search_values(network: Network) -> dict[Metric, float]:
+    """The values that the search's objectives read; a proxy where there is no accuracy."""
+    accuracy = network.val_accuracy if math.isfinite(network.val_accuracy) else network.score
+    return {"accuracy": accuracy, "latency_ms": network.latency_ms, "macs": network.macs, "params": network.params}
+
+
 def scored_candidates(study: StudyFiles) -> list[Network]:
-    """The candidates with an accuracy from the search, one row per network: the furthest rung it reached."""
+    """The candidates whose objectives are all known, one row per network: the furthest rung it reached."""
+    metrics = objectives(study).metrics
     furthest: dict[str, Network] = {}
     for network in study.candidates:
-        if math.isfinite(network.val_accuracy) and math.isfinite(network.latency_ms):
+        values = search_values(network)
+        if network.state in ("", "complete") and all(math.isfinite(values[metric]) for metric in metrics):
             held = furthest.get(network.arch_id)
             if held is None or not network.rung < held.rung:
                 furthest[network.arch_id] = network
     return list(furthest.values())
 
 
-def non_dominated(networks: Sequence[Network]) -> list[Network]:
-    """The networks that no other beats in latency and validation accuracy, fastest first."""
-    mask = pareto.non_dominated(costs(networks, ON_VALIDATION))
+def non_dominated(study: StudyFiles, networks: Sequence[Network]) -> list[Network]:
+    """The networks that no other beats in all objectives of the study, by validation accuracy; fastest first."""
+    if not networks:
+        return []
+    wanted = objectives(study)
+    values = np.array([[search_values(network)[metric] for metric in wanted.metrics] for network in networks])
+    mask = pareto.non_dominated(wanted.costs(values))
     return sorted((network for network, kept in zip(networks, mask, strict=True) if kept), key=lambda network: network.latency_ms)
 
 
-def costs(networks: Sequence[Network], accuracy: Accuracy) -> np.ndarray:
-    """(n, 2): accuracy negated and log ms, the scale of every hypervolume of a study of accuracy and latency."""
-    return np.array([(-accuracy(network), math.log(network.latency_ms)) for network in networks]).reshape(-1, 2)
+def has_two_objectives(study: StudyFiles) -> bool:
+    """Whether the front is a line in the main plot, and not the shadow of a surface."""
+    return len(objectives(study)) == 2
+
+
+def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
+    """Horizontal and vertical axis of the study's main plot: the cost, and what it buys.
+
+    A study of accuracy and one cost has that cost on the horizontal axis; with more costs, or without accuracy, latency has precedence.
+    """
+    metrics = objectives(study).metrics
+    costs = [metric for metric in metrics if metric != "accuracy"]
+    across = "latency_ms" if "latency_ms" in costs else costs[0]
+    if "accuracy" in metrics:
+        return AXES[across], _accuracy_axis(study, split)
+    return AXES[across], AXES[next(metric for metric in costs if metric != across)]
+
+
+def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
+    proxies = [n.accuracy_source.removeprefix(PROXY) for n in study.candidates if n.accuracy_source.startswith(PROXY)]
+    if proxies:
+        return Axis(f"log10 of {proxies[0]}, in place of accuracy", lambda n: n.score, log=False)
+    accuracy = Accuracy(split)
+    return Axis(f"{split.capitalize()} accuracy, %", lambda n: 100 * accuracy(n), lambda n: 100 * n.accuracy_std, log=False)
 
 
 def best_known_front(study: StudyFiles) -> list[Network]:
     """The final front, or before there is one the front of the candidates scored so far."""
-    return final_front(study) if finals_are_known(study) else non_dominated(scored_candidates(study))
+    return final_front(study) if finals_are_known(study) else non_dominated(study, scored_candidates(study))
 
 
 def comparable_accuracy(*networks: Network) -> Accuracy:
@@ -150,9 +210,10 @@ def comparable_accuracy(*networks: Network) -> Accuracy:
 
 
 def against_family(study: StudyFiles) -> list[FamilyComparison]:
-    """Every hand-made finalist against the proposed finalists, fastest first."""
-    family = sorted((n for n in study.finalists if n.is_family), key=lambda n: n.latency_ms)
-    proposed = [n for n in study.finalists if not n.is_family]
+    """Every hand-made finalist against the proposed finalists, fastest first; only networks with an accuracy can be compared."""
+    known = [n for n in study.finalists if math.isfinite(n.val_accuracy)]
+    family = sorted((n for n in known if n.is_family), key=lambda n: n.latency_ms)
+    proposed = [n for n in known if not n.is_family]
     return [_compare(member, proposed) for member in family] if proposed else []
 
 
@@ -228,17 +289,23 @@ class Hypervolumes:
 
 
 def hypervolumes(study: StudyFiles) -> Hypervolumes | None:
-    """None where the study has no reference point of accuracy and latency, or one side has no finalists."""
-    reference = study.settings.get("reference_point") or {}
+    """None where the study is not about accuracy and latency, has no reference point, or one side has no finalists."""
+    wanted, reference = objectives(study), study.settings.get("reference_point") or {}
     proposed = [n for n in study.finalists if not n.is_family]
     family = [n for n in study.finalists if n.is_family]
-    if not proposed or not family or not {"accuracy", "latency_ms"} <= reference.keys():
-        return None
     accuracy = comparable_accuracy(*proposed, *family)
-    worst = np.array([-reference["accuracy"], math.log(reference["latency_ms"])])
+    if wanted.metrics != ("accuracy", "latency_ms") or not set(wanted.metrics) <= reference.keys():
+        return None
+    if not proposed or not family or not all(math.isfinite(accuracy(n)) for n in (*proposed, *family)):
+        return None
+    worst = wanted.costs(np.array([[reference["accuracy"], reference["latency_ms"]]]))[0]
+
+    def volume(networks: Sequence[Network]) -> float:
+        return pareto.hypervolume(wanted.costs(np.array([[accuracy(n), n.latency_ms] for n in networks])), worst)
+
     return Hypervolumes(
-        proposed=pareto.hypervolume(costs(proposed, accuracy), worst),
-        family=pareto.hypervolume(costs(family, accuracy), worst),
+        proposed=volume(proposed),
+        family=volume(family),
         where=f"up to {percent(reference['accuracy'])} and {milliseconds(reference['latency_ms'])}, {accuracy.split} images",
     )
 
@@ -352,6 +419,14 @@ def short_description(arch: Mapping[str, Any]) -> str:
     return f"{arch['resolution_px']} px, widths {widths}, depths {depths}, {where}, {mlps}"
 
 
+def candidate_counts(study: StudyFiles) -> dict[str, int]:
+    """How many candidates there are by what became of them: `family`, `proposed`, `untrained` (refused before any training)."""
+    scored = scored_candidates(study)
+    family = sum(network.is_family for network in scored)
+    refused = sum(network.state == "pruned" for network in study.candidates)
+    return {"family": family, "proposed": len(scored) - family, "untrained": refused}
+
+
 def spent_seconds(study: StudyFiles) -> dict[str, float]:
     """Where the study's time went: phase -> seconds."""
     spent = study.settings.get("spent_s") or {}
@@ -392,6 +467,7 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
     rows = [
         ("Test accuracy", percent(network.test_accuracy, accuracy_std), network.accuracy_source),
         ("Validation accuracy", percent(network.val_accuracy, accuracy_std), network.accuracy_source),
+        ("Score", f"{network.score:.4g}" if math.isfinite(network.score) else "", network.accuracy_source),
         ("Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
         ("Predicted latency", milliseconds(network.predicted_latency_ms), "predicted"),
         ("MACs", count(network.macs), ""),
