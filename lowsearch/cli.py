@@ -13,10 +13,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,9 +63,7 @@ def invoke(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except typer.TyperException as error:
-        help_for = [
-            word for word in arguments[:1] if word in {command.name or command.callback.__name__ for command in app.registered_commands}
-        ]
+        help_for = [word for word in arguments[:1] if word in _verbs()]
         return _complain(error.format_message(), f"lowsearch {' '.join([*help_for, '--help'])}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -89,21 +87,20 @@ def _options(
 @app.command()
 def devices(as_json: JsonFlag = False) -> None:
     """What this machine can measure, and which latency tables exist."""
-    from lowsearch.latency.table import list_tables
+    from lowsearch.latency.table import known_tables
     from lowsearch.latency.target import attached_devices
 
-    attached = attached_devices()
-    tables = list_tables()
+    attached = [{"device": d.slug, "kind": d.kind, "name": d.name, "detail": d.detail, "driver": d.driver} for d in attached_devices()]
+    tables = [
+        {"device": t.device, "runtime": t.runtime, "precision": t.precision, "batch": t.batch, "threads": t.threads, "file": str(path)}
+        for t, path in known_tables().items()
+    ]
     if as_json:
-        _print_json({
-            "devices": [{"device": d.slug, "kind": d.kind, "name": d.name, "detail": d.detail, "driver": d.driver} for d in attached],
-            "tables": tables,
-        })  # fmt: skip
+        _print_json({"devices": attached, "tables": tables})
         return
-    _print_table("Attached", ["device", "kind", "name", "detail"], [[d.slug, d.kind, d.name, d.detail] for d in attached])
+    _print_rows("Attached", attached)
     if tables:
-        columns = list(tables[0])
-        _print_table("Latency tables", columns, [[row[c] for c in columns] for row in tables])
+        _print_rows("Latency tables", tables)
     else:
         _tell("no latency table yet; measure one: lowsearch profile --device cpu --runtime onnxruntime")
 
@@ -128,7 +125,7 @@ def space(name: Annotated[str, typer.Argument(help="A space's name or YAML file.
         [[gene.name, ", ".join(_plain(c) for c in gene.choices)] for gene in loaded.genes],
     )
     if family:
-        _print_table("Hand-made family", list(family[0]), [list(row.values()) for row in family])
+        _print_rows("Hand-made family", family)
 
 
 @app.command()
@@ -143,7 +140,7 @@ def cost(network: Annotated[str, typer.Argument(help="A preset, or a network's a
     if as_json:
         _print_json({"arch_id": arch.arch_id, "arch": arch.to_dict(), **_costs(counted), "blocks": rows})
         return
-    _print_table(f"{network} ({arch.arch_id})", list(total), [list(row.values()) for row in [*rows, total]])
+    _print_rows(f"{network} ({arch.arch_id})", [*rows, total])
 
 
 @app.command()
@@ -173,6 +170,154 @@ def profile(
         _print_table(f"Latency table of {target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
 
 
+@app.command()
+def run(
+    objective: Annotated[str, typer.Option("--objective", help="Names joined by '-': acc, latency, macs, params.")] = "acc-latency",
+    device: DeviceOption = "cpu",
+    runtime: RuntimeOption = "onnxruntime",
+    space: SpaceOption = "lowformer-micro",
+    data: Annotated[
+        str | None, typer.Option("--data", help="fashion-mnist-mini (default), folder:PATH, npz:PATH or torchvision:NAME.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Time to search, as 8m (default), 90s or 1h30m.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Networks to propose, instead of a time.")] = None,
+    study: Annotated[str | None, typer.Option("--study", help="Name of the study's folder; default: the objective.")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    maximum: Annotated[list[str] | None, typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3.")] = None,
+    minimum: Annotated[list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8.")] = None,
+    sampler: Annotated[
+        Literal["lowsearch", "nsga2", "tpe", "random"], typer.Option("--sampler", help="What proposes networks.")
+    ] = "lowsearch",
+    workers: Annotated[int, typer.Option("--workers", help="Processes that train side by side.")] = 2,
+    accuracy: Annotated[
+        Literal["trained", "params", "macs"] | None,
+        typer.Option("--accuracy", help="trained, or a proxy without training: params or macs."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Training recipe; default: the one made for the data.")] = None,
+    final_seeds: Annotated[int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist.")] = None,
+    precision: PrecisionOption = "fp32",
+    batch: BatchOption = 1,
+    threads: ThreadsOption = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Search: profile if needed, propose and train networks, then re-measure and train the front. The same command resumes."""
+    from lowsearch import locations
+    from lowsearch.report.page import build_report
+    from lowsearch.search.objectives import parse_limits
+    from lowsearch.search.settings import StudySettings
+    from lowsearch.search.study import run as run_study
+
+    settings = StudySettings(
+        device=device, runtime=runtime, precision=precision, batch=batch, threads=threads, space=space, data=data, objective=objective,
+        limits=parse_limits(maxima=maximum or [], minima=minimum or []), budget_s=parse_budget(budget) if budget is not None else None,
+        trials=trials, sampler=sampler, seed=seed, workers=workers, recipe=recipe, accuracy=accuracy, final_seeds=final_seeds,
+    )  # fmt: skip
+    folder = locations.new("studies") / _study_name(study or objective)
+    with _progress() as progress:
+        result = run_study(settings, folder, progress=progress)
+    page = build_report(folder)
+    if as_json:
+        _print_json({"study": folder.name, "front": result.front, "summary": result.summary, "report": str(page)})
+        return
+    _print_front(folder.name, result.front)
+    _print_summary(result.summary)
+    _tell(f"report: {page}")
+
+
+@app.command()
+def report(study: Annotated[str, typer.Argument(help="Name or folder of a study.")]) -> None:
+    """Write a study's interactive page again, also while it runs."""
+    from lowsearch.report.page import build_report
+
+    typer.echo(build_report(_study_folder(study)))
+
+
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(help="A study, a preset, or a network's arch.json.")],
+    arch: Annotated[str | None, typer.Option("--arch", help="arch_id of a network of the study.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Data set; default: the study's, else fashion-mnist-mini.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe; default: the study's, else micro.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Train longer or shorter than the recipe says.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for weights and metrics; default: ./trained/<arch_id>-<recipe>-s<seed>.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train one network on the whole schedule. Resumes where it stopped."""
+    import dataclasses
+
+    from lowsearch.data import load_data
+    from lowsearch.train import recipe as recipe_named
+    from lowsearch.train.full import train_fully
+
+    network, defaults = _network_of_study(what, arch) if arch is not None else (_network(what), {})
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} cannot train", hint="--device cpu or --device cuda")
+    schedule = recipe_named(recipe or defaults.get("recipe") or "micro")
+    if epochs is not None:
+        schedule = dataclasses.replace(schedule, name=f"{schedule.name}-{epochs}ep", epochs=epochs)
+    images = load_data(data or defaults.get("data") or "fashion-mnist-mini")
+    network = dataclasses.replace(network, num_classes=len(images.classes))
+    folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}-s{seed}"
+    _require_cuda(device)
+    with _progress() as progress:
+        metrics = train_fully(
+            network, images, schedule, seed=seed, folder=folder, device=device,
+            progress=lambda done: progress(round(100 * done), 100, f"train {network.arch_id}"),
+        )  # fmt: skip
+    if as_json:
+        _print_json({**metrics, "folder": str(folder)})
+        return
+    shown = ("arch_id", "data", "recipe", "seed", "val_accuracy", "test_accuracy", "test_accuracy_std", "cpu_seconds")
+    _print_table("Trained", ["what", "value"], [*([k, _plain(metrics[k])] for k in shown), ["folder", str(folder)]])
+
+
+def _study_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(f"study name {name!r} is no folder name", hint="use letters, digits, dots, dashes and underscores")
+    return name
+
+
+def _study_folder(name: str) -> Path:
+    from lowsearch import locations
+
+    found = Path(name) if (Path(name) / "study.yaml").is_file() else locations.find("studies", name)
+    if found is None or not (found / "study.yaml").is_file():
+        known = sorted({p.parent.name for folder in locations.folders("studies") for p in folder.glob("*/study.yaml")})
+        raise StudyError(f"no study {name!r}", hint=f"known: {', '.join(known)}" if known else "lowsearch run --objective acc-latency")
+    return found
+
+
+def _network_of_study(study: str, arch_id: str) -> tuple[Any, Mapping[str, Any]]:
+    """A network of a study by its id or the beginning of it, and the study's settings."""
+    import yaml
+
+    from lowsearch.arch import Arch
+
+    folder = _study_folder(study)
+    try:
+        networks = json.loads((folder / "networks.json").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+        found = [key for key in networks if key.startswith(arch_id)]
+    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
+        raise StudyError(f"study {folder} has no readable networks.json and study.yaml", hint=f"lowsearch run --study {study}") from error
+    if len(found) != 1:
+        what = f"{len(found)} networks whose id begins with" if found else "no network"
+        raise StudyError(f"study {study!r} has {what} {arch_id!r}", hint=f"{folder / 'front.csv'} lists the front's")
+    return Arch.from_dict(networks[found[0]]["arch"]), settings if isinstance(settings, dict) else {}
+
+
+def _require_cuda(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("no CUDA device that this torch can use is attached", hint="--device cpu")
+
+
 def _network(name: str) -> Any:
     from lowsearch.arch import Arch
     from lowsearch.presets import preset
@@ -183,6 +328,39 @@ def _network(name: str) -> Any:
             raise UsageError(f"no such file: {name}", hint="give a preset's name or the arch.json of a network")
         return Arch.from_json(path.read_text(encoding="utf-8"))
     return preset(name)
+
+
+def _print_front(study: str, front: Sequence[Mapping[str, Any]]) -> None:
+    trained = any("test_accuracy" in row for row in front)
+    rows = [
+        {"network": row.get("name") or row["arch_id"], "origin": row["origin"]}
+        | (
+            {"val %": _percent(row, "val_accuracy"), "test %": _percent(row, "test_accuracy"), "± %": _percent(row, "accuracy_std")}
+            if trained
+            else {}
+        )
+        | {"latency_ms": row["latency_ms"], "±": row["latency_std_ms"], "source": row["latency_source"]}
+        | {"MMACs": row["macs"] / 1e6, "Mparams": row["params"] / 1e6, "px": row["resolution_px"]}
+        for row in sorted(front, key=lambda row: row["latency_ms"])
+    ]
+    if rows:
+        _print_rows(f"Front of {study}: {len(rows)} networks", rows)
+    else:
+        _tell("the front is empty: no network kept the limits")
+
+
+def _percent(row: Mapping[str, Any], key: str) -> float | None:
+    return round(100 * row[key], 2) if isinstance(row.get(key), float) else None
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    limit = summary["limit"]
+    if limit["limited"]:
+        _tell(
+            f"{limit['broken']} of {limit['limited']} finalists break the latency limit, the worst by {100 * limit['worst_excess']:.1f} %"
+        )
+    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
+    _tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} trained to the end ({spent})")
 
 
 def _costs(counted: Any) -> dict[str, int]:
@@ -215,6 +393,10 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, default=str))
 
 
+def _print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    _print_table(title, list(rows[0]), [list(row.values()) for row in rows])
+
+
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -225,7 +407,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_plain(value) for value in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    console = Console() if sys.stdout.isatty() else Console(width=200)  # A pipe has no width to fit.
+    console.print(table)
 
 
 @contextmanager
@@ -266,3 +449,7 @@ def _complain(message: str, hint: str | None) -> int:
     one_line = " ".join(message.split())
     typer.echo(f"error: {one_line}" + (f"; hint: {' '.join(hint.split())}" if hint else ""), err=True)
     return 2
+
+
+def _verbs() -> set[str]:
+    return {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}

@@ -17,11 +17,12 @@ LINES = (
     {"report"},
     {"search"},
     {"accuracy", "latency"},
-    {"train", "data"},
+    {"train"},
+    {"data"},
     {"model"},
     {"space", "cost"},
     {"presets"},
-    {"arch", "locations"},
+    {"arch", "locations", "files"},
     {"errors"},
 )
 LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}

@@ -1,0 +1,81 @@
+"""Train one network on the whole schedule and keep what came out: weights, architecture, metrics. `lowsearch train` is this.
+
+Resumable: a killed training goes on from its checkpoint, a finished one is returned as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowsearch.arch import Arch
+from lowsearch.data import ImageData
+from lowsearch.errors import StudyError
+from lowsearch.files import write_atomically
+from lowsearch.train.engine import evaluate, train
+from lowsearch.train.recipe import Recipe
+
+METRICS = "metrics.json"
+
+
+def train_fully(
+    arch: Arch,
+    data: ImageData,
+    recipe: Recipe,
+    *,
+    seed: int,
+    folder: Path,
+    device: str = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Train `arch`, write arch.json, model.safetensors and metrics.json to `folder`, and return the metrics.
+
+    Accuracies are fractions, each with the standard error of its finite number of images. Raises StudyError where `folder` holds another
+    training.
+    """
+    identity = {
+        "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data": data.name,
+        "data_hash": data.data_hash, "seed": seed,
+    }  # fmt: skip
+    stored = _stored(folder / METRICS)
+    if stored is not None:
+        differs = next((key for key, value in identity.items() if stored.get(key) != value), None)
+        if differs:
+            raise StudyError(
+                f"{folder} holds a training with {differs} {stored.get(differs)!r}, not {identity[differs]!r}", hint="give another --out"
+            )
+        return stored
+    checkpoint = folder / "checkpoint.safetensors"
+    result = train(arch, data, recipe, seed=seed, checkpoint=checkpoint, progress=progress, device=device)
+    test_accuracy = evaluate(result.model(), data.test, arch.resolution_px)
+    metrics = {
+        **identity,
+        "val_accuracy": result.val_accuracy, "val_accuracy_std": _binomial_std(result.val_accuracy, len(data.val)),
+        "test_accuracy": test_accuracy, "test_accuracy_std": _binomial_std(test_accuracy, len(data.test)),
+        "diverged": result.diverged, "cpu_seconds": round(result.cpu_seconds, 2), "recipe_values": recipe.to_dict(),
+        "curve": [{"fraction": p.fraction, "train_loss": p.train_loss, "val_accuracy": p.val_accuracy} for p in result.curve],
+    }  # fmt: skip
+    result.save_weights(folder / "model.safetensors")
+    write_atomically(folder / "arch.json", arch.to_json() + "\n")
+    write_atomically(folder / METRICS, json.dumps(metrics, indent=1) + "\n")  # Last: with it the training is finished.
+    checkpoint.unlink(missing_ok=True)
+    return metrics
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{path} is damaged: {error}", hint="remove it to train again") from error
+    if not isinstance(values, dict):
+        raise StudyError(f"{path} is damaged: no mapping", hint="remove it to train again")
+    return values
+
+
+def _binomial_std(accuracy: float, n_images: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / n_images)

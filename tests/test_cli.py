@@ -1,0 +1,126 @@
+"""The command line: what it prints, and that every mistake is one clear line with exit code 2 and nothing damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lowsearch import cli
+from lowsearch.errors import UsageError
+
+from lowsearch import PRESETS
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOWSEARCH_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The single line that a mistaken command prints."""
+    code = cli.invoke(arguments)
+    printed = capsys.readouterr()
+    assert code == 2, printed
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), printed.err
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke([]) == 0
+    printed = capsys.readouterr().out
+    for verb in ("devices", "profile", "run", "report", "train", "space", "cost"):
+        assert f"  {verb} " in printed
+
+
+def test_cost_of_a_preset_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["cost", "lowformer_b1", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["arch_id"] == PRESETS["lowformer_b1"].arch_id
+    assert values["macs"] == sum(row["macs"] for row in values["blocks"])
+    assert round(values["macs"] / 1e6) == 1411
+
+
+def test_cost_reads_an_arch_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "arch.json").write_text(PRESETS["cpubone_b0"].to_json())
+    assert cli.invoke(["cost", "arch.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arch_id"] == PRESETS["cpubone_b0"].arch_id
+
+
+def test_space_prints_its_genes_and_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["space", "lowformer-micro", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["networks"] > 1e12 and {"micro-b-s", "micro-e-s"} <= {row["name"] for row in values["family"]}
+    assert cli.invoke(["space", "lowformer"]) == 0
+    assert "stage3.attention.stride" in capsys.readouterr().out
+
+
+def test_devices_lists_this_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["devices", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"][0]["kind"] == "cpu"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("8m", 480), ("90s", 90), ("1h30m", 5400), ("0.5h", 1800), ("1m30s", 90)])
+def test_budgets_are_durations(text: str, seconds: float) -> None:
+    assert cli.parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "8", "m", "8 minutes", "-8m", "0m", "8m!", "30s1m"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a duration"):
+        cli.parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["spce"], "No such command"),
+        (["--nonsense"], "No such option"),
+        (["space"], "Missing argument"),
+        (["space", "nowhere"], "known: lowformer, lowformer-micro"),
+        (["space", "nowhere.yaml"], "cannot read"),
+        (["cost", "lowformer_b9"], "unknown preset"),
+        (["cost", "nowhere.json"], "no such file"),
+        (["profile", "--batch", "many"], "--batch"),
+        (["profile", "--batch", "0"], "--batch"),
+        (["profile", "--threads", "-1"], "--threads"),
+        (["profile", "--seed", "x"], "--seed"),
+        (["profile", "--device", "rtx3090"], "rtx3090 is not attached"),
+        (["profile", "--device", "rtx3090", "--runtime", "eager"], "latency_tables/rtx3090"),
+        (["profile", "--device", "cuda"], "no cuda device is attached"),
+        (["profile", "--device", "../../etc"], "not a name"),
+        (["profile", "--runtime", "tensorflow"], "onnxruntime"),
+        (["profile", "--precision", "fp12"], "precision"),
+        (["profile", "--space", "nowhere"], "unknown search space"),
+    ],
+)
+def test_mistakes_are_one_line_with_exit_code_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in complaint(arguments, capsys)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"resolution_px": 224}', '{"resolution_px": 224, "stem": 3, "stages": []}', "\x00"])
+def test_malformed_arch_files_are_refused_and_left_alone(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "arch.json"
+    path.write_text(text)
+    complaint(["cost", "arch.json"], capsys)
+    assert path.read_text() == text
+
+
+def test_malformed_space_file_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ninput:\n  - {resolution_px: 33, stem_stride: 1}\nstem: {width: [8]}\nstages: []\nhead_widths: [[8, 8]]\n"
+    )
+    assert "mine.yaml:3: resolution_px 33" in complaint(["space", "mine.yaml"], capsys)
+
+
+def test_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m lowsearch space lowformer | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
