@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -31,7 +32,7 @@ SPACES = ("lowformer", "lowformer-micro")
 
 def timm_params(name: str) -> int:
     """Parameters of timm's network of preset `name`; three CPUBones are published there with two more norms in each late MBConv."""
-    extra = {"local_mbconv_norm": "proj"} if name in ("cpubone_b0", "cpubone_b1", "cpubone_b2") else {}
+    extra: dict[str, Any] = {"local_mbconv_norm": "proj"} if name in ("cpubone_b0", "cpubone_b1", "cpubone_b2") else {}
     with torch.device("meta"):
         model = timm.create_model(f"{name}_bfrobust" if extra else name, **extra)
     return sum(p.numel() for p in model.parameters())
@@ -53,7 +54,7 @@ def compare_preset(name: str) -> dict[str, int | str]:
     }
 
 
-def compare_members(space_name: str, n: int, seed: int) -> dict[str, int | float | str]:
+def compare_members(space_name: str, n: int, seed: int) -> dict[str, Any]:
     space = SearchSpace.load(space_name)
     closed, built, largest = [], [], 0
     started = time.perf_counter()
