@@ -7,14 +7,13 @@ those two, or reach the page as data that page.js sets as text.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from lowsearch import __version__
+from lowsearch.files import write_atomically
 from lowsearch.report import sections, tables
 from lowsearch.report.study_files import Network, StudyFiles, read_study
 
@@ -26,7 +25,7 @@ def build_report(study_folder: Path) -> Path:
     """Write the page of the study in `study_folder` and return its path. A study in progress gives a page that says what is missing."""
     study = read_study(Path(study_folder))
     path = study.folder / PAGE
-    _write(path, page(study))
+    write_atomically(path, page(study))
     return path
 
 
@@ -74,17 +73,3 @@ def _most_telling(study: StudyFiles) -> list[Network]:
     """Networks to show first, best first: the middle of the front, then anything."""
     front = tables.best_known_front(study)
     return [*front[len(front) // 2 :], *front, *study.finalists, *study.candidates]
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
