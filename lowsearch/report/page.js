@@ -145,6 +145,7 @@
 
   function showCommands(id) {
     document.querySelectorAll("[data-command]").forEach(line => { line.textContent = line.dataset.command.replaceAll("ARCH_ID", id); });
+    document.querySelectorAll("[data-needs-weights]").forEach(step => { step.hidden = !data.networks[id].has_weights; });
     const name = byId("chosen-name");
     if (name) name.textContent = data.networks[id].label;
   }

@@ -347,7 +347,7 @@ def _networks(study: StudyFiles) -> str:
     note = "Click a heading to sort, a name to see the network."
     origins = sorted({network.accuracy_std_origin for network in networks} - {""})
     if origins:
-        note += f" Standard errors of accuracy are from {escape(', '.join(origins))}."
+        note += f" Standard error of accuracy: {escape('; '.join(origins))}."
     columns = [
         ("Network", ""), ("Origin", ""), ("On front", ""), ("Test accuracy", "number"), ("Validation accuracy", "number"),
         ("Latency", "number"), ("Predicted latency", "number"), ("Sources", ""), ("MACs", "number"), ("Parameters", "number"),
@@ -413,23 +413,38 @@ def _cell(content: str, style: str = "", value: float | str | None = None) -> st
 # ---- how to go on, how to read
 
 
-def next_steps(study: StudyFiles) -> list[tuple[str, str]]:
-    """What to do with a network of this study, as (what, command); ARCH_ID stands for the chosen network."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something to do with a network of the study. ARCH_ID in `command` stands for the chosen one."""
+
+    what: str
+    command: str
+    needs_weights: bool = False
+
+
+def next_steps(study: StudyFiles) -> list[Step]:
+    """How to go on from the page."""
+    folder = f"studies/{study.name}/models/ARCH_ID"
+    load = f"""from lowsearch import Arch, build_model
+arch = Arch.from_json(open("{folder}/arch.json").read())
+model = build_model(arch, pretrained="{folder}/model.safetensors")"""
     return [
-        ("Train it longer, or on data of your own", f"lowsearch train {study.name} --arch ARCH_ID"),
-        ("Export it", f"lowsearch export {study.name} --arch ARCH_ID --format onnx"),
-        ("Search on: the same study with more time", f"lowsearch run --study {study.name} --budget 30m"),
+        Step("Train it longer", f"lowsearch train {study.name} --arch ARCH_ID --epochs 30"),
+        Step("Train it on data of your own", f"lowsearch train {study.name} --arch ARCH_ID --data folder:PATH"),
+        Step("Use its weights in Python", load, needs_weights=True),
+        Step("Search on: the same study with more time", f"lowsearch run --study {study.name} --budget 30m"),
     ]
 
 
 def _next_steps(study: StudyFiles) -> str:
-    def html(what: str, command: str) -> str:
-        text = escape(command)
+    def html(step: Step) -> str:
+        text = escape(step.command)
         line = f'<pre data-command="{text}">{text}</pre><button type="button" class="quiet" data-copy>Copy</button>'
-        return f'<div class="step"><p>{escape(what)}</p><div class="command">{line}</div></div>'
+        needs = " data-needs-weights" if step.needs_weights else ""
+        return f'<div class="step"{needs}><p>{escape(step.what)}</p><div class="command">{line}</div></div>'
 
     note = 'The commands are for <b id="chosen-name">the chosen network</b>.'
-    steps = "".join(html(*step) for step in next_steps(study))
+    steps = "".join(map(html, next_steps(study)))
     return f'<section><h2>Go on from here</h2><p class="note">{note}</p>\n<div class="card go">{steps}</div></section>'
 
 

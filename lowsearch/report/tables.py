@@ -449,6 +449,7 @@ def network_details(study: StudyFiles) -> dict[str, dict[str, Any]]:
             "label": network.label,
             "origin": network.origin,
             "is_family": network.is_family,
+            "has_weights": bool(network.weights),
             "short": short_description(known["arch"]),
             "numbers": number_rows(network),
             "stages": stage_rows(known["arch"]),
