@@ -7,13 +7,12 @@ the named weights; what is missing, left over or of another shape is an error. N
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowsearch.arch import Arch, Block, ConvBranch, Downsampler, Head, Lowtention, Mlp, StemConv
@@ -57,21 +56,6 @@ def load_pretrained(model: LowFormer, source: str | Path, *, replace_classifier:
         if own[key].shape != value.shape:
             raise CheckpointError(f"weight {key} has shape {tuple(own[key].shape)} in the checkpoint, {tuple(value.shape)} in the network")
     model.load_state_dict(own, strict=True)
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the weights of `model` to `path` as safetensors in our own layout; a crash leaves the old file or the new one."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
