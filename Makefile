@@ -1,12 +1,13 @@
 # One verb each; every verb sets up .venv by itself and is quick when that is done. CI calls the same verbs.
 #   make demo     search real networks on this machine: profile, search, train the front, write the page (about 15 minutes)
 #   make test     the tests that need no network, GPU or data       make check    lint, format, types
-#   make bench    the numbers we claim (long)                       make report   write the page of STUDY again
+#   make bench    the numbers we claim, or BENCH=FILE (long)        make report   write the page of STUDY again
 #   make clean    remove caches and build outputs; .venv and studies stay
 
 PYTHON ?= python3
 STUDY ?= demo
 PYTEST_FLAGS ?=
+BENCH ?= $(filter-out benchmarks/make_%,$(wildcard benchmarks/*.py))
 
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -19,7 +20,7 @@ help:
 
 demo: .venv/.ready
 	$(BIN)/lowsearch run --objective acc-latency --study $(STUDY)
-	@echo "report: $(CURDIR)/studies/$(STUDY)/report.html"
+	@echo "open $(CURDIR)/studies/$(STUDY)/report.html"
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
@@ -30,7 +31,7 @@ check: .venv/.ready-dev
 	$(BIN)/pyright
 
 bench: .venv/.ready-dev
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
 
 report: .venv/.ready
 	$(BIN)/lowsearch report $(STUDY)
