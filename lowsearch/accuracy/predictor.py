@@ -1,0 +1,244 @@
+"""What a network would score on the full schedule, with an interval, before or while it is trained.
+
+Three sources, each with its own uncertainty: a fully trained network is its measured accuracy, give or take the seed; a partly trained
+one is extrapolated from its curve, as those that went further did; an untrained one is a regression on the architecture (log MACs, log
+params, the space's features) over all of them. `predict` is the linear part of that regression, for populations inside the search;
+`predict_exact` adds what is not linear, for a shortlist. Intervals are rescaled by how far leave-one-out predictions were off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowsearch import cost
+from lowsearch.accuracy.gaussian import GaussianProcess, Points
+from lowsearch.accuracy.records import AccuracyRecord
+from lowsearch.errors import UsageError
+from lowsearch.space import SearchSpace
+
+PRIOR_ACCURACY = 0.6
+PRIOR_GAIN = 0.015
+"""Accuracy expected of one standard deviation more log MACs, before any network is trained."""
+SEED_STD = 0.007
+"""Spread of one network's accuracy over seeds, as expected before two seeds of one network are on record."""
+COVERAGE = 0.9
+"""What the intervals are calibrated to: mean ± 1.645 std should hold this share."""
+_N_REFERENCE = 2000
+_CHUNK = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveOneOut:
+    """How well the architecture alone predicted networks that were then trained fully."""
+
+    arch_ids: tuple[str, ...]
+    observed: np.ndarray
+    predicted: np.ndarray
+    std: np.ndarray
+    """Before rescaling."""
+
+
+class AccuracyPredictor:
+    """Predicts the full-schedule validation accuracy (0 to 1) of the networks of one space under one recipe."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self._costs = space.block_sums(np.array([[cost.of_block(b).macs, cost.of_block(b).params] for b in space.blocks], dtype=float))
+        reference = space.sample(_N_REFERENCE, rng=np.random.default_rng(0))
+        log_cost, features = np.log(self._costs(reference)), space.features(reference)
+        varying = features.std(0) > 1e-9
+        self._cost_mean, self._cost_std = log_cost.mean(0), np.maximum(log_cost.std(0), 1e-9)
+        self._feature_mean, self._varying = features.mean(0), varying
+        # Divided by sqrt(k), so that the features of a random network have about unit length together.
+        self._feature_scale = np.where(varying, 1 / (np.where(varying, features.std(0), 1) * math.sqrt(max(1, varying.sum()))), 0)
+        self.fit(())
+
+    def fit(self, records: Iterable[AccuracyRecord]) -> AccuracyPredictor:
+        """Learn from `records`, all of one recipe and data set. Networks that the space does not contain are left out."""
+        records = tuple(records)
+        if len({(r.recipe_hash, r.data_hash) for r in records}) > 1:
+            raise UsageError(
+                "records of several recipes or data sets", hint="accuracies compare only within one: choose by recipe_hash and data_hash"
+            )
+        self._seed_var = _seed_variance(records)
+        self._curves = CurveModel(records)
+        by_arch: dict[str, list[AccuracyRecord]] = defaultdict(list)
+        for record in records:
+            if self.space.contains(record.arch):
+                by_arch[record.arch_id].append(record)
+        estimates = [self._estimate(group) for group in by_arch.values()]
+        self._index = {arch_id: i for i, arch_id in enumerate(by_arch)}
+        self._is_full = np.array([max(r.curve[-1].fraction for r in group) >= 1.0 for group in by_arch.values()], dtype=bool)
+        self._observed = np.array([mean for mean, _ in estimates])
+        noise = np.array([var for _, var in estimates])
+
+        genomes = [self.space.encode(group[0].arch) for group in by_arch.values()]
+        points = self._points(np.array(genomes, dtype=np.int8).reshape(-1, self.space.n_genes))
+        residual = self._robust(by_arch) - self._prior_mean(points)
+        linear = GaussianProcess(points, residual, noise, curved=False)
+        self._exact = GaussianProcess(points, residual, noise, curved=True)
+        self._linear_scale = self._calibration(linear, residual)
+        self._exact_scale = self._calibration(self._exact, residual)
+        self._weights, covariance = linear.linear_weights()
+        # var = |root @ x|^2; the covariance is positive semi-definite up to rounding.
+        values, vectors = np.linalg.eigh(covariance)
+        self._root = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
+        self._linear_noise = linear.lack_of_fit_var
+        self._points_fitted = points
+        return self
+
+    @property
+    def n_networks(self) -> int:
+        """Networks learned from."""
+        return len(self._observed)
+
+    def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, std) of the full-schedule validation accuracy of a fresh training, (n,) each. For populations."""
+        mean, std = np.empty(len(genomes)), np.empty(len(genomes))
+        for start in range(0, len(genomes), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            points = self._points(genomes[rows])
+            design = np.hstack([np.ones((len(points), 1)), points.cost, points.features])
+            mean[rows] = self._prior_mean(points) + design @ self._weights
+            spread = self._root @ design.T.astype(np.float32)
+            variance = np.einsum("ij,ij->j", spread, spread) + self._linear_noise
+            std[rows] = np.sqrt(self._linear_scale**2 * variance + self._seed_var)
+        return np.clip(mean, 0, 1), std
+
+    def predict_exact(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `predict`, by the full Gaussian process: for a shortlist."""
+        points = self._points(genomes)
+        residual, variance = self._exact.predict(points)
+        return np.clip(self._prior_mean(points) + residual, 0, 1), np.sqrt(self._exact_scale**2 * variance + self._seed_var)
+
+    def predict_record(self, record: AccuracyRecord) -> tuple[float, float]:
+        """(mean, std) of the full-schedule accuracy of the network of `record`, from its curve and its architecture together."""
+        mean, var = self._estimate([record])
+        if record.curve[-1].fraction >= 1.0 or not self.space.contains(record.arch):
+            return mean, math.sqrt(var)
+        known = self._index.get(record.arch_id)
+        if known is None:
+            prior_mean, prior_std = (float(v[0]) for v in self.predict_exact(self.space.encode(record.arch)[None]))
+            prior_var = prior_std**2
+        else:  # The regression has seen this very network: ask it as if it had not.
+            prior_mean, prior_var = self._without(known)
+        weight = prior_var / (prior_var + var)
+        return min(1.0, max(0.0, weight * mean + (1 - weight) * prior_mean)), math.sqrt(weight * var)
+
+    def leave_one_out(self) -> LeaveOneOut:
+        """Predictions of every fully trained network by `predict_exact`'s process fitted to all others."""
+        if not self.n_networks:
+            return LeaveOneOut(arch_ids=(), observed=np.empty(0), predicted=np.empty(0), std=np.empty(0))
+        mean, variance = self._exact.leave_one_out()
+        chosen = np.flatnonzero(self._is_full)
+        names = tuple(self._index)
+        return LeaveOneOut(
+            arch_ids=tuple(names[i] for i in chosen), observed=self._observed[chosen],
+            predicted=(mean + self._prior_mean(self._points_fitted))[chosen], std=np.sqrt(variance[chosen]),
+        )  # fmt: skip
+
+    def _points(self, genomes: np.ndarray) -> Points:
+        log_cost = np.log(self._costs(genomes)) if len(genomes) else np.empty((0, 2))
+        features = (self.space.features(genomes) - self._feature_mean) * self._feature_scale
+        return Points(cost=(log_cost - self._cost_mean) / self._cost_std, features=features[:, self._varying])
+
+    def _prior_mean(self, points: Points) -> np.ndarray:
+        return PRIOR_ACCURACY + PRIOR_GAIN * points.cost[:, 0]
+
+    def _estimate(self, group: Sequence[AccuracyRecord]) -> tuple[float, float]:
+        """(mean, variance) of the full-schedule accuracy of one network from its furthest trainings, one a seed."""
+        furthest = max(r.curve[-1].fraction for r in group)
+        scores = {r.seed: r.curve[-1].val_accuracy for r in group if r.curve[-1].fraction == furthest}
+        if furthest >= 1.0:
+            return float(np.mean(list(scores.values()))), self._seed_var / len(scores)
+        guesses = [self._curves.extrapolate(furthest, accuracy) for accuracy in scores.values()]
+        return float(np.mean([m for m, _ in guesses])), float(np.mean([v for _, v in guesses]))
+
+    def _robust(self, by_arch: dict[str, list[AccuracyRecord]]) -> np.ndarray:
+        """The observations, with diverged networks at the lowest accuracy of the others: they were bad, but how bad says nothing."""
+        diverged = np.array([any(r.diverged for r in group) for group in by_arch.values()], dtype=bool)
+        floor = self._observed[~diverged].min() if (~diverged).any() else 0.0
+        return np.where(diverged, np.maximum(self._observed, floor), self._observed)
+
+    def _without(self, index: int) -> tuple[float, float]:
+        """(mean, variance) of the fitted network at `index`, its own observation left out."""
+        mean, variance = self._exact.leave_one_out()
+        own_noise = self._exact.noise_var[index]
+        prior = self._prior_mean(self._points_fitted)[index]
+        return float(mean[index] + prior), float(self._exact_scale**2 * max(variance[index] - own_noise, 1e-12) + self._seed_var)
+
+    def _calibration(self, process: GaussianProcess, residual: np.ndarray) -> float:
+        """Factor on standard deviations that would have made COVERAGE of the leave-one-out intervals hold, drawn towards 1 by few."""
+        if self._is_full.sum() < 2:
+            return 1.0
+        mean, variance = process.leave_one_out()
+        z = np.sort(np.abs((residual - mean) / np.sqrt(variance))[self._is_full])
+        n = len(z)
+        quantile = z[min(n, math.ceil((n + 1) * COVERAGE)) - 1] / 1.645
+        return float(np.exp(n / (n + 5) * np.log(max(quantile, 0.1))))
+
+
+class CurveModel:
+    """From the accuracy at a fraction of the schedule to that at its end, learned from the trainings that went on.
+
+    The log of the final error is linear in the log of the error so far, with conjugate priors: without any training that went on, it
+    expects errors to fall as short schedules on small images do, and says so with a wide interval.
+    """
+
+    def __init__(self, records: Iterable[AccuracyRecord]) -> None:
+        self._full = [r for r in records if r.curve[-1].fraction >= 1.0 and not r.diverged]
+        self._fits: dict[float, Callable[[float], tuple[float, float]]] = {}
+
+    def extrapolate(self, fraction: float, accuracy: float) -> tuple[float, float]:
+        """(mean, variance) of the final accuracy of a training that has `accuracy` at `fraction` of the schedule."""
+        fit = self._fits.setdefault(round(fraction, 3), self._fit(fraction))
+        log_error, var = fit(_log_error(accuracy))
+        error = math.exp(min(log_error, 0.0))
+        return 1 - error, (error * math.sqrt(var)) ** 2
+
+    def _fit(self, fraction: float) -> Callable[[float], tuple[float, float]]:
+        points = [(point.val_accuracy, r.val_accuracy) for r in self._full if (point := r.at(fraction)) is not None]
+        x = np.array([_log_error(a) for a, _ in points])
+        y = np.array([_log_error(b) for _, b in points])
+        center = x.mean() if len(x) else math.log(0.3)
+        # Prior: from a quarter of the schedule an error falls to 0.64 of it, give or take a quarter, and a lag behind others to 0.65.
+        left = 1 - min(fraction, 0.99)
+        mean = np.array([center - 0.6 * left, 0.65])
+        precision = np.diag(1 / np.array([0.3 * math.sqrt(left), 0.25]) ** 2)
+        design = np.stack([np.ones_like(x), x - center], axis=1)
+        # Noise of the log error: prior of 4 observations at a spread that shrinks as the schedule ends.
+        df, spread = 4.0, 0.1 * math.sqrt(left)
+        precision_scaled = precision * spread**2
+        post_precision = precision_scaled + design.T @ design
+        post_mean = np.linalg.solve(post_precision, precision_scaled @ mean + design.T @ y)
+        rss = float(((y - design @ post_mean) ** 2).sum() + (post_mean - mean) @ precision_scaled @ (post_mean - mean))
+        post_df = df + len(x)
+        noise = (df * spread**2 + rss) / post_df
+
+        def predict(log_error: float) -> tuple[float, float]:
+            row = np.array([1.0, log_error - center])
+            leverage = float(row @ np.linalg.solve(post_precision, row))
+            return float(row @ post_mean), noise * (1 + leverage) * post_df / (post_df - 2)  # variance of a Student t
+
+        return predict
+
+
+def _seed_variance(records: Sequence[AccuracyRecord]) -> float:
+    """Variance of the full-schedule accuracy over seeds, pooled over networks, with a prior of 4 degrees of freedom."""
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in records:
+        if record.curve[-1].fraction >= 1.0 and not record.diverged:
+            scores[record.arch_id][record.seed] = record.val_accuracy
+    groups = [np.array(list(by_seed.values())) for by_seed in scores.values()]
+    squares = sum(float(((g - g.mean()) ** 2).sum()) for g in groups)
+    df = sum(len(g) - 1 for g in groups)
+    return (squares + 4 * SEED_STD**2) / (df + 4)
+
+
+def _log_error(accuracy: float) -> float:
+    return math.log(min(1.0, max(1e-3, 1 - accuracy)))

@@ -1,0 +1,279 @@
+"""The accuracy predictor: right where the answer is known, honest about its intervals, never without an answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct
+
+from lowsearch import cost
+from lowsearch.accuracy.gaussian import CONSTANT_STD, GaussianProcess, Points
+from lowsearch.accuracy.predictor import AccuracyPredictor, CurveModel
+from lowsearch.accuracy.records import AccuracyRecord
+from lowsearch.errors import UsageError
+from lowsearch.space import SearchSpace
+from lowsearch.train import CurvePoint
+
+SPACE = SearchSpace.load("lowformer-micro")
+FRACTIONS = (0.25, 0.5, 1.0)
+
+
+def record(genome: np.ndarray, accuracies: list[float], *, seed: int = 0, **changes: Any) -> AccuracyRecord:
+    """A training of `genome` that reached as many of FRACTIONS as there are `accuracies`."""
+    curve = tuple(
+        CurvePoint(fraction=f, step=int(100 * f), train_loss=1.0, val_accuracy=a, val_loss=1.0, cpu_seconds=10 * f)
+        for f, a in zip(FRACTIONS, accuracies, strict=False)
+    )
+    values: dict[str, Any] = {"recipe": "r", "recipe_hash": "r", "data": "d", "data_hash": "d", **changes}
+    return AccuracyRecord(arch=SPACE.decode(genome), seed=seed, rung=curve[-1].fraction, curve=curve, **values)
+
+
+def rank(a: Any, b: Any) -> float:
+    return float(spearmanr(a, b)[0])  # pyright: ignore[reportArgumentType]
+
+
+class World:
+    """Accuracies that follow a hidden rule of the features: mostly MACs, some attention, something curved, noise of the seed."""
+
+    def __init__(self, seed: int, *, spread: float = 1.0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.weights = self.rng.normal(size=SPACE.features(SPACE.sample(1, rng=self.rng)).shape[1])
+        reference = SPACE.features(SPACE.sample(500, rng=self.rng))
+        self.mean, self.std = reference.mean(0), np.maximum(reference.std(0), 1e-9)
+        self.spread = spread
+
+    def truth(self, genomes: np.ndarray) -> np.ndarray:
+        z = (SPACE.features(genomes) - self.mean) / self.std
+        macs = np.log([cost.count(SPACE.decode(g)).macs / 5e6 for g in genomes])
+        return 0.8 + self.spread * (0.02 * macs - 0.008 * macs**2 + 0.012 * z @ self.weights / math.sqrt(z.shape[1]))
+
+    def train(self, genomes: np.ndarray, *, upto: int = 3, seed: int = 0) -> list[AccuracyRecord]:
+        final = self.truth(genomes) + 0.006 * self.rng.normal(size=len(genomes))
+        half = 1 - (1 - final) * np.exp(0.25 + 0.04 * self.rng.normal(size=len(genomes)))
+        low = 1 - (1 - half) * np.exp(0.3 + 0.06 * self.rng.normal(size=len(genomes)))
+        return [record(g, list(row[:upto]), seed=seed) for g, row in zip(genomes, np.stack([low, half, final], 1), strict=True)]
+
+
+# --- the Gaussian process against other implementations ---------------------------------------------------------------------------
+
+
+def some_points(n: int, seed: int = 0) -> Points:
+    rng = np.random.default_rng(seed)
+    return Points(cost=rng.normal(size=(n, 2)), features=rng.normal(size=(n, 5)) / math.sqrt(5))
+
+
+@pytest.fixture
+def process() -> GaussianProcess:
+    points = some_points(25)
+    y = 0.03 * points.cost[:, 0] + 0.02 * np.sin(2 * points.features[:, 1]) + 0.01 * np.random.default_rng(1).normal(size=25)
+    return GaussianProcess(points, y, np.full(25, 1e-4) + np.arange(25) * 1e-5, curved=True)
+
+
+def test_process_agrees_with_scikit_learn(process: GaussianProcess) -> None:
+    c, f, _, curved, length = process.scales
+    x = np.hstack([process.points.cost, process.points.features])
+    new = some_points(9, seed=5)
+    scaled = np.array([c, c, f, f, f, f, f])
+
+    class Kernel(RBF):  # linear parts on scaled, distances on unscaled coordinates
+        def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:
+            other = X if Y is None else Y
+            linear = DotProduct(sigma_0=CONSTANT_STD)(X * scaled, other * scaled)
+            return linear + (ConstantKernel(curved**2) * RBF(length))(X, other)
+
+        def diag(self, X: Any) -> Any:
+            return np.array([self(row[None])[0, 0] for row in X])
+
+    options: dict[str, Any] = {"alpha": process.noise_var + process.lack_of_fit_var, "optimizer": None}
+    reference: Any = GaussianProcessRegressor(Kernel(length), **options)
+    reference.fit(x, process.residual)
+    mean, std = reference.predict(np.hstack([new.cost, new.features]), return_std=True)
+    got_mean, got_var = process.predict(new)
+    assert np.allclose(got_mean, mean, atol=1e-9)
+    assert np.allclose(got_var - process.lack_of_fit_var, std**2, atol=1e-9)
+
+
+def test_leave_one_out_in_closed_form_equals_leaving_one_out(process: GaussianProcess) -> None:
+    mean, variance = process.leave_one_out()
+    for i in (0, 7, 24):
+        rest = np.delete(np.arange(25), i)
+        points = Points(cost=process.points.cost[rest], features=process.points.features[rest])
+        other = GaussianProcess(points, process.residual[rest], process.noise_var[rest], curved=True)
+        other.scales = process.scales.copy()
+        other._condition()
+        left_out = Points(cost=process.points.cost[[i]], features=process.points.features[[i]])
+        expected_mean, expected_var = other.predict(left_out)
+        assert mean[i] == pytest.approx(expected_mean[0]) and variance[i] == pytest.approx(expected_var[0] + process.noise_var[i])
+
+
+def test_population_form_equals_the_linear_process() -> None:
+    world = World(0)
+    genomes = SPACE.sample(30, rng=world.rng)
+    predictor = AccuracyPredictor(SPACE).fit(world.train(genomes))
+    new = SPACE.sample(20_000, rng=world.rng)  # several chunks
+    mean, std = predictor.predict(new)
+    linear = GaussianProcess(predictor._exact.points, predictor._exact.residual, predictor._exact.noise_var, curved=False)
+    points = predictor._points(new[-50:])
+    expected, variance = linear.predict(points)
+    assert np.allclose(mean[-50:], expected + predictor._prior_mean(points), atol=1e-6)
+    assert np.allclose(std[-50:], np.sqrt(predictor._linear_scale**2 * variance + predictor._seed_var), rtol=1e-3)
+
+
+# --- predicting from the architecture ---------------------------------------------------------------------------------------------
+
+
+def test_intervals_cover_what_they_say_on_held_out_networks() -> None:
+    covered: dict[str, list[float]] = {"predict": [], "predict_exact": []}
+    for seed in range(8):
+        world = World(seed)
+        predictor = AccuracyPredictor(SPACE).fit(world.train(SPACE.sample(20, rng=world.rng)))
+        new = SPACE.sample(100, rng=world.rng)
+        score = np.array([r.val_accuracy for r in world.train(new)])
+        for name in covered:
+            mean, std = getattr(predictor, name)(new)
+            covered[name].append(float((np.abs(score - mean) < 1.645 * std).mean()))
+    assert all(0.82 < np.mean(shares) < 0.98 for shares in covered.values()), covered
+
+
+def test_leave_one_out_intervals_are_calibrated_even_where_the_world_is_wilder_than_the_prior() -> None:
+    world = World(1, spread=8.0)
+    predictor = AccuracyPredictor(SPACE).fit(world.train(SPACE.sample(40, rng=world.rng)))
+    loo = predictor.leave_one_out()
+    z = np.abs(loo.observed - loo.predicted) / (loo.std * predictor._exact_scale)
+    assert len(loo.arch_ids) == 40 and (z < 1.645).mean() >= 0.8
+    assert rank(loo.observed, loo.predicted) > 0.5
+
+
+def test_predictions_rank_unseen_networks_better_than_macs_alone() -> None:
+    gains = []
+    for seed in range(4):
+        world = World(seed)
+        predictor = AccuracyPredictor(SPACE).fit(world.train(SPACE.sample(60, rng=world.rng)))
+        new = SPACE.sample(150, rng=world.rng)
+        truth, macs = world.truth(new), [cost.count(SPACE.decode(g)).macs for g in new]
+        gains.append(rank(predictor.predict_exact(new)[0], truth) - rank(macs, truth))
+    assert np.mean(gains) > 0.03, gains
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_few_records_give_an_answer_with_a_wide_interval(n: int) -> None:
+    world = World(0)
+    predictor = AccuracyPredictor(SPACE).fit(world.train(SPACE.sample(n, rng=world.rng)))
+    new = SPACE.sample(50, rng=world.rng)
+    for mean, std in (predictor.predict(new), predictor.predict_exact(new)):
+        assert np.isfinite(mean).all() and ((mean >= 0) & (mean <= 1)).all()
+        assert std.min() > (0.25 if n == 0 else 0.015)
+    assert predictor.n_networks == n and len(predictor.leave_one_out().arch_ids) == n
+
+
+def test_more_networks_narrow_the_interval() -> None:
+    world = World(0)
+    genomes, new = SPACE.sample(60, rng=world.rng), SPACE.sample(100, rng=world.rng)
+    records = world.train(genomes)
+    widths = [AccuracyPredictor(SPACE).fit(records[:n]).predict_exact(new)[1].mean() for n in (0, 4, 15, 60)]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_diverged_network_does_not_spoil_the_others() -> None:
+    world = World(0)
+    genomes, new = SPACE.sample(30, rng=world.rng), SPACE.sample(50, rng=world.rng)
+    records = world.train(genomes)
+    ruined = [*records[:-1], record(genomes[-1], [0.1, 0.1, 0.1], diverged=True)]
+    clean, spoiled = (AccuracyPredictor(SPACE).fit(r).predict_exact(new)[0] for r in (records[:-1], ruined))
+    assert np.abs(clean - spoiled).max() < 0.05
+
+
+# --- predicting from a curve ------------------------------------------------------------------------------------------------------
+
+
+def test_fully_trained_network_is_its_measured_accuracy_give_or_take_the_seed() -> None:
+    genome = SPACE.sample(1, rng=np.random.default_rng(0))[0]
+    mean, std = AccuracyPredictor(SPACE).predict_record(record(genome, [0.6, 0.7, 0.81]))
+    assert mean == 0.81 and 0.002 < std < 0.02
+
+
+def test_spread_over_seeds_is_learned() -> None:
+    rng = np.random.default_rng(0)
+    genomes = SPACE.sample(15, rng=rng)
+    noisy = [record(g, [0.6, 0.7, 0.8 + 0.03 * rng.normal()], seed=s) for g in genomes for s in (0, 1)]
+    assert AccuracyPredictor(SPACE).fit(noisy).predict_record(noisy[0])[1] == pytest.approx(0.03, rel=0.35)
+
+
+@pytest.mark.parametrize("upto", [1, 2])
+def test_curve_intervals_cover_what_they_say(upto: int) -> None:
+    covered, widths = [], []
+    for seed in range(6):
+        world = World(seed)
+        predictor = AccuracyPredictor(SPACE).fit(world.train(SPACE.sample(15, rng=world.rng)))
+        for trained in world.train(SPACE.sample(30, rng=world.rng)):
+            partial = replace(trained, curve=trained.curve[:upto], rung=FRACTIONS[upto - 1])
+            mean, std = predictor.predict_record(partial)
+            covered.append(abs(mean - trained.val_accuracy) < 1.645 * std)
+            widths.append(std)
+    assert 0.8 < np.mean(covered) <= 0.99 and np.mean(widths) < 0.03
+
+
+def test_further_along_the_curve_the_interval_narrows() -> None:
+    world = World(0)
+    predictor = AccuracyPredictor(SPACE).fit(world.train(SPACE.sample(15, rng=world.rng)))
+    trained = world.train(SPACE.sample(1, rng=world.rng))[0]
+    stds = [predictor.predict_record(replace(trained, curve=trained.curve[:n], rung=FRACTIONS[n - 1]))[1] for n in (1, 2, 3)]
+    assert stds == sorted(stds, reverse=True)
+
+
+def test_curve_is_extrapolated_upwards_before_anything_went_further() -> None:
+    low, half = (CurveModel(()).extrapolate(f, 0.7) for f in (0.25, 0.5))
+    assert 0.7 < half[0] < low[0] < 0.95 and half[1] < low[1]
+
+
+def test_curve_model_learns_how_errors_fall() -> None:
+    world = World(3)
+    records = world.train(SPACE.sample(40, rng=world.rng))
+    model = CurveModel(records)
+    held_out = world.train(SPACE.sample(40, rng=world.rng))
+    error = [model.extrapolate(0.5, r.curve[1].val_accuracy)[0] - r.val_accuracy for r in held_out]
+    assert abs(np.mean(error)) < 0.004 and np.std(error) < 0.012
+
+
+def test_known_network_is_judged_without_counting_its_curve_twice() -> None:
+    world = World(0)
+    genomes = SPACE.sample(13, rng=world.rng)
+    records = world.train(genomes[:12])
+    partial = world.train(genomes[12:], upto=1)[0]
+    fresh = AccuracyPredictor(SPACE).fit(records).predict_record(partial)
+    known = AccuracyPredictor(SPACE).fit([*records, partial]).predict_record(partial)
+    assert known == pytest.approx(fresh, abs=0.004)
+
+
+def test_curves_of_partly_trained_networks_inform_the_regression() -> None:
+    world = World(2)
+    records = world.train(SPACE.sample(10, rng=world.rng))
+    partial = world.train(SPACE.sample(60, rng=world.rng), upto=2)
+    new = SPACE.sample(150, rng=world.rng)
+    truth = world.truth(new)
+    few, many = (rank(AccuracyPredictor(SPACE).fit(r).predict_exact(new)[0], truth) for r in (records, records + partial))
+    assert many > few
+
+
+# --- what does not belong together ------------------------------------------------------------------------------------------------
+
+
+def test_records_of_two_recipes_are_refused() -> None:
+    genomes = SPACE.sample(2, rng=np.random.default_rng(0))
+    mixed = [record(genomes[0], [0.5]), record(genomes[1], [0.5], recipe_hash="other")]
+    with pytest.raises(UsageError, match="several recipes"):
+        AccuracyPredictor(SPACE).fit(mixed)
+
+
+def test_networks_outside_the_space_are_left_out() -> None:
+    inside = record(SPACE.sample(1, rng=np.random.default_rng(0))[0], [0.5, 0.6, 0.7])
+    outside = replace(inside, arch=replace(inside.arch, num_classes=7))
+    predictor = AccuracyPredictor(SPACE).fit([inside, outside])
+    assert predictor.n_networks == 1
+    assert predictor.predict_record(replace(outside, curve=outside.curve[:1]))[0] > 0.5
