@@ -46,11 +46,15 @@ class Effort:
     """Untimed calls before the samples of every round."""
     sample_ms: float = 0.2
     """A sample repeats a short call for about this long: it must be long beside a reading of the clock (0.5 us)."""
-    round_ms: float = 3.0
+    round_ms: float = 2.0
     """Time for the hot samples of one round, within the two limits on their number."""
     min_samples: int = 3
-    max_samples: int = 9
-    cold_samples: int = 4
+    max_samples: int = 6
+    turns_ms: float = 120.0
+    """Time for the warm samples of one round: all blocks of a step are called in turn, again and again, within the two limits."""
+    min_turns: int = 5
+    max_turns: int = 20
+    cold_samples: int = 3
     """Single calls of a block after a flush of the caches, each round."""
 
     def __post_init__(self) -> None:
@@ -89,8 +93,11 @@ class Timing:
     item: Item
     process: int
     hot_ms: tuple[float, ...]
+    """Called back to back: what it needs is in the caches."""
+    warm_ms: tuple[float, ...] = ()
+    """Called in turn with other blocks, as in a network. Empty for whole networks, which are timed as they are used, back to back."""
     cold_ms: tuple[float, ...] = ()
-    """Empty for whole networks: they are measured as they are called, back to back."""
+    """Called after a flush of the caches. Empty for whole networks."""
     wall_over_cpu: float = 1.0
     """Wall time over the statistic, in sum over the hot samples."""
     load_average: float | None = None
@@ -104,7 +111,7 @@ class Timing:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Timing:
         fields = {name: value for name, value in values.items() if name not in ("block", "arch")}
-        fields["hot_ms"], fields["cold_ms"] = tuple(fields["hot_ms"]), tuple(fields["cold_ms"])
+        fields |= {name: tuple(fields[name]) for name in ("hot_ms", "warm_ms", "cold_ms")}
         return cls(item=item_from_dict(values), **fields)
 
 
@@ -131,8 +138,8 @@ Launcher = Callable[[Request], Iterator[Timing]]
 
 
 def latency_ms(samples_ms: Sequence[Sequence[float]]) -> float:
-    """The statistic over processes and their rounds: the mean of the processes' medians."""
-    return float(np.mean([np.median(rounds) for rounds in samples_ms]))
+    """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move."""
+    return float(np.percentile(np.concatenate(samples_ms), 25))
 
 
 def item_to_dict(item: Item) -> dict[str, Any]:

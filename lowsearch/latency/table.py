@@ -27,16 +27,20 @@ SCHEMA = "lowsearch-latency-table"
 VERSION = 1
 
 Source = Literal["measured", "predicted"]
+STATES = ("hot", "warm", "cold")
+"""The states of the caches that a block is measured in; docs/measurement.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockLatency:
-    """Latency of one block, alone: `hot` called back to back on warm caches, `cold` after a flush of the caches."""
+    """Latency of one block, alone: `hot` called back to back, `warm` in turn with other blocks, `cold` after a flush of the caches."""
 
     hot_ms: float
+    warm_ms: float
     cold_ms: float
     hot_samples_ms: tuple[tuple[float, ...], ...] = ()
     """A tuple for every process, in it a number for every round."""
+    warm_samples_ms: tuple[tuple[float, ...], ...] = ()
     cold_samples_ms: tuple[tuple[float, ...], ...] = ()
     wall_over_cpu: float = 1.0
     source: Source = "measured"
@@ -132,10 +136,11 @@ def check_fits(table: LatencyTable, target: Target, here: Context) -> None:
 def block_latency(timings: Sequence[Timing]) -> BlockLatency:
     """One block's row from what the processes measured of it."""
     ordered = sorted(timings, key=lambda timing: timing.process)
-    hot, cold = tuple(t.hot_ms for t in ordered), tuple(t.cold_ms for t in ordered)
+    samples = {state: tuple(getattr(timing, f"{state}_ms") for timing in ordered) for state in STATES}
+    hot, warm, cold = (round(latency_ms(samples[state]), 5) for state in STATES)
     return BlockLatency(
-        hot_ms=_rounded(latency_ms(hot)), cold_ms=_rounded(latency_ms(cold)), hot_samples_ms=hot, cold_samples_ms=cold,
-        wall_over_cpu=max(t.wall_over_cpu for t in ordered),
+        hot_ms=hot, warm_ms=warm, cold_ms=cold, hot_samples_ms=samples["hot"], warm_samples_ms=samples["warm"],
+        cold_samples_ms=samples["cold"], wall_over_cpu=max(timing.wall_over_cpu for timing in ordered),
     )  # fmt: skip
 
 
@@ -179,10 +184,6 @@ def _target_of(path: Path) -> Target | None:
         return Target(path.parent.name, match["runtime"], match["precision"], int(match["batch"]), int(match["threads"])) if match else None  # type: ignore[arg-type]
     except LowsearchError:
         return None
-
-
-def _rounded(value_ms: float) -> float:
-    return round(value_ms, 5)
 
 
 class _Reader:
@@ -271,16 +272,14 @@ class _Reader:
         return Context(**values)
 
     def _block_latency(self, values: Mapping[str, Any]) -> BlockLatency:
-        hot, cold = (self._samples(name, values[name]) for name in ("hot_samples_ms", "cold_samples_ms"))
-        row = BlockLatency(
-            hot_ms=self._time("hot_ms", values["hot_ms"]), cold_ms=self._time("cold_ms", values["cold_ms"]), hot_samples_ms=hot,
-            cold_samples_ms=cold, wall_over_cpu=self._time("wall_over_cpu", values["wall_over_cpu"]), source=values["source"],
-        )  # fmt: skip
-        if row.source != "measured":
-            self._fail(f"source is {row.source!r}; a table holds only what was measured")
-        self._check_statistic("hot_ms", row.hot_ms, hot)
-        self._check_statistic("cold_ms", row.cold_ms, cold)
-        return row
+        times = {f"{state}_ms": self._time(f"{state}_ms", values[f"{state}_ms"]) for state in STATES}
+        samples = {f"{state}_samples_ms": self._samples(f"{state}_samples_ms", values[f"{state}_samples_ms"]) for state in STATES}
+        for state in STATES:
+            self._check_statistic(f"{state}_ms", times[f"{state}_ms"], samples[f"{state}_samples_ms"])
+        if values["source"] != "measured":
+            self._fail(f"source is {values['source']!r}; a table holds only what was measured")
+        wall_over_cpu = self._time("wall_over_cpu", values["wall_over_cpu"])
+        return BlockLatency(**times, **samples, wall_over_cpu=wall_over_cpu)  # type: ignore[arg-type]
 
     def _network(self, values: Mapping[str, Any]) -> NetworkLatency:
         load = values["load_average"]

@@ -1,0 +1,158 @@
+"""Latency of whole networks from the table of their blocks: for populations of genomes, for single networks, and block by block.
+
+A network is the sum of its blocks, corrected for what a block alone cannot show (docs/measurement.md):
+
+    network_ms = sum over blocks of  h hot_ms + w warm_ms + c cold_ms - o - t * elements
+
+`h, w, c` place the state of the caches in a network between the three that were measured; `o` is the overhead of a call, which every
+measured block pays and a network pays once; `t` the cost of handing over a tensor at a block's edges, which a network mostly saves. All
+are at least 0, and fitted on the whole networks of the table. The spread they leave is the `±` of every prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import nnls
+
+from lowsearch.arch import Arch, Block, Head, input_channels
+from lowsearch.errors import TableError
+from lowsearch.latency.block_model import BlockModel, Prediction
+from lowsearch.latency.table import BlockLatency, LatencyTable, Source
+from lowsearch.space import SearchSpace
+
+MIN_NETWORKS = 3
+"""A correction fitted on fewer networks than this says nothing about its own error."""
+MIN_SHARE = 0.1
+"""No correction takes a block below this share of its hot time."""
+_REPEATS_VARIANCE = 2.0
+"""A predicted block often stands several times in a network, and errs there in the same direction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShare:
+    """What one block contributes to a network's predicted latency."""
+
+    place: str
+    block: Block
+    ms: float
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """How blocks alone become a part of a network. A slower block never makes a network faster: no weight of a time is negative."""
+
+    hot: float
+    warm: float
+    cold: float
+    overhead_ms: float
+    """Taken off for every block."""
+    ms_per_element: float
+    """Taken off for every element that enters or leaves a block."""
+    relative_std: float
+    """Spread of the calibration networks around their prediction from the others."""
+
+    def block_ms(self, block: Block, latency: BlockLatency) -> float:
+        """What `block` contributes to a network."""
+        time_ms = self.hot * latency.hot_ms + self.warm * latency.warm_ms + self.cold * latency.cold_ms
+        return max(time_ms - self.overhead_ms - self.ms_per_element * _elements(block), MIN_SHARE * latency.hot_ms)
+
+
+class LatencyPredictor:
+    """Predicts networks of `space` on the target of `table`."""
+
+    def __init__(self, space: SearchSpace, table: LatencyTable) -> None:
+        self.space = space
+        self.table = table
+        self._model = BlockModel(table)
+        self._predictions: dict[Block, Prediction] = {}
+        calibration = table.calibration.get(space.name, ())
+        if len(calibration) < MIN_NETWORKS:
+            raise TableError(
+                f"the table of {table.target} holds {len(calibration)} networks of space {space.name!r}, needed are {MIN_NETWORKS}",
+                hint=f"{table.target.profile_command} --space {space.name}",
+            )
+        archs = [row.arch for row in calibration]
+        self._predict_missing([block for arch in archs for block in arch.blocks()])
+        self.correction = self._fit(archs, np.array([row.latency_ms for row in calibration]))
+
+    def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, n_genes) -> mean_ms (n,), std_ms (n,)."""
+        mean, variance = self._score(genomes).T
+        return mean, self._std(mean, variance)
+
+    def predict_archs(self, archs: Sequence[Arch]) -> tuple[np.ndarray, np.ndarray]:
+        """mean_ms (n,), std_ms (n,) of networks that need not be in the space."""
+        self._predict_missing([block for arch in archs for block in arch.blocks()])
+        rows = [[self._block_row(block) for block in arch.blocks()] for arch in archs]
+        sums = np.array([np.sum(row, axis=0) for row in rows]).reshape(-1, 2)
+        return sums[:, 0], self._std(sums[:, 0], sums[:, 1])
+
+    def explain(self, arch: Arch) -> list[BlockShare]:
+        """Block by block, in the order they run, what adds up to the predicted latency of `arch`."""
+        self._predict_missing(arch.blocks())
+        return [
+            BlockShare(place=place, block=block, ms=self.correction.block_ms(block, latency), source=latency.source)
+            for place, block in arch.named_blocks()
+            for latency in [self._latency(block)]
+        ]
+
+    @cached_property
+    def _score(self):
+        """Scorer of populations: the two columns of `_block_row`, summed."""
+        self._predict_missing(self.space.blocks)
+        return self.space.block_sums(np.array([self._block_row(block) for block in self.space.blocks]))
+
+    def _latency(self, block: Block) -> BlockLatency:
+        measured = self.table.entries.get(block)
+        return measured if measured is not None else self._predictions[block].latency
+
+    def _predict_missing(self, blocks: Sequence[Block]) -> None:
+        missing = [b for b in dict.fromkeys(blocks) if b not in self.table.entries and b not in self._predictions]
+        if missing:
+            self._predictions |= self._model.predict(missing)
+
+    def _block_row(self, block: Block) -> tuple[float, float]:
+        """What `block` adds to the mean, and to the variance beyond that of networks of measured blocks."""
+        mean = self.correction.block_ms(block, self._latency(block))
+        return mean, self._block_variance(block, mean)
+
+    def _block_variance(self, block: Block, mean_ms: float) -> float:
+        return 0.0 if block in self.table.entries else _REPEATS_VARIANCE * (self._predictions[block].relative_std * mean_ms) ** 2
+
+    def _std(self, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        return np.sqrt((self.correction.relative_std * mean) ** 2 + variance)
+
+    def _fit(self, archs: Sequence[Arch], measured_ms: np.ndarray) -> Correction:
+        """Non-negative least squares on relative errors; the spread from leaving out one network after the other."""
+        inputs = np.array([np.sum([self._inputs(block) for block in arch.blocks()], axis=0) for arch in archs]) / measured_ms[:, None]
+        ones = np.ones(len(archs))
+        weights = nnls(inputs, ones)[0]
+        kept = ~np.eye(len(archs), dtype=bool)
+        left_out = np.array([inputs[i] @ nnls(inputs[kept[i]], ones[kept[i]])[0] - 1 for i in range(len(archs))])
+        hot, warm, cold, overhead_ms, ms_per_element = (float(weight) for weight in weights)
+        fitted = Correction(hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=0.0)
+        # Predicted blocks of the calibration networks are part of their spread already; elsewhere they count by themselves.
+        explained = [
+            sum(self._block_variance(b, fitted.block_ms(b, self._latency(b))) for b in arch.blocks()) / time_ms**2
+            for arch, time_ms in zip(archs, measured_ms, strict=True)
+        ]
+        total = float(np.mean(left_out**2))
+        spread = max(total - float(np.mean(explained)), 0.25 * total)
+        return Correction(
+            hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=float(np.sqrt(spread))
+        )
+
+    def _inputs(self, block: Block) -> tuple[float, ...]:
+        latency = self._latency(block)
+        return latency.hot_ms, latency.warm_ms, latency.cold_ms, -1.0, -float(_elements(block))
+
+
+def _elements(block: Block) -> int:
+    """Elements of the tensors that enter and leave a block, of one image."""
+    entering = input_channels(block) * block.resolution_px**2
+    return entering + (block.num_classes if isinstance(block, Head) else block.out_channels * block.out_px**2)
