@@ -253,6 +253,7 @@ def test_comparison_says_where_there_is_nothing_to_compare():
     assert comparison.at_equal_accuracy is None
     assert math.isnan(comparison.accuracy_gain.value)
     assert tables.against_family(study_of(member)) == []
+    assert tables.against_family(study_of(member, final("a", ms=0.1, val=0.99), objective="acc-params")) == []
 
 
 @pytest.mark.parametrize(
@@ -463,6 +464,13 @@ def test_a_proxy_is_drawn_as_one_and_never_called_accuracy(running: StudyFiles):
     assert tables.against_family(study) == []
     assert tables.hypervolumes(study) is None
     assert "%" not in sections.key_figures(study)[0].explanation
+    assert "Nothing was trained: params stand in for accuracy" in sections.body(study)
+
+
+def test_page_says_whether_the_front_was_measured_again(finished: StudyFiles):
+    assert "timed again in fresh processes" in sections.body(finished)
+    table = replace(finished, finalists=tuple(replace(n, latency_source="table") for n in finished.finalists))
+    assert "were not measured again" in sections.body(table)
 
 
 def test_every_figure_is_drawn_without_finals(running: StudyFiles):

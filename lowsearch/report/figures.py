@@ -47,6 +47,9 @@ def front_figure(study: StudyFiles, *, split: str) -> go.Figure:
             *traces,
         ]
     traces = [trace for trace in traces if trace.x]
+    widest = max((value for trace in traces for value in trace.x or ()), default=1)
+    for trace in (trace for trace in traces if trace.text):  # A name to the right of the rightmost points would leave the plot.
+        trace.textposition = [f"bottom {'left' if value > 0.7 * widest else 'right'}" for value in trace.x or ()]
     figure = go.Figure(traces)
     limit_ms = tables.limits(study).limit_ms
     if math.isfinite(limit_ms) and x is tables.AXES["latency_ms"]:
@@ -128,7 +131,7 @@ def _points(
         meta={"role": role},
     )
     if names:
-        trace.update(mode="markers+text", text=[html.escape(n.name) for n in known], textposition="bottom right")
+        trace.update(mode="markers+text", text=[html.escape(n.name) for n in known], cliponaxis=False)
     if bars:
         trace.update(error_x=_bars([x.std(n) for n in known]), error_y=_bars([y.std(n) for n in known]))
     return trace

@@ -105,7 +105,7 @@
     for (const [word, value, source] of network.numbers) {
       const figure = element("dd", { text: value });
       if (source) figure.append(" ", element("small", { text: source }));
-      numbers.append(element("div", {}, element("dt", { text: word }), figure));
+      numbers.append(element("div", { class: value.length > 30 ? "wide" : "" }, element("dt", { text: word }), figure));
     }
     byId("panel").replaceChildren(head, numbers, element("h4", { text: "Stages" }), stageTable(network.stages), ...blockChart(network));
   }

@@ -53,6 +53,9 @@ def body(study: StudyFiles) -> str:
 
 def _header(study: StudyFiles) -> str:
     words = {"acc": "accuracy", "latency": "latency", "macs": "MACs", "params": "parameters"}
+    proxy = tables.proxy(study)
+    if proxy:
+        words["acc"] = f"{words.get(proxy, proxy)} (in place of accuracy)"
     objectives = [words.get(name, name) for name in str(study.settings.get("objective", "")).split("-")]
     lead = (
         f"Networks from the space <b>{escape(_setting(study, 'space'))}</b> searched for {escape(' and '.join(objectives))}"
@@ -245,10 +248,7 @@ def _limit_card(study: StudyFiles) -> Card | None:
 
 def _front(study: StudyFiles) -> str:
     note = (
-        "Final networks were trained on the full schedule with fresh seeds and timed again in fresh processes. "
-        "The front was chosen on validation images; test images were read once, afterwards."
-        if tables.finals_are_known(study)
-        else "Scores of the search so far; nothing here has had its final training."
+        _what_was_done(study) if tables.finals_are_known(study) else "Scores of the search so far; nothing here has had its final training."
     )
     switch = ""
     if tables.test_was_read(study):
@@ -265,6 +265,22 @@ def _front(study: StudyFiles) -> str:
 <div class="plot" id="pareto"></div><ul class="shapes">{"".join(shapes)}</ul></div>
 <div class="card panel" id="panel" aria-live="polite"><p class="note">Choose a point of the plot.</p></div>
 </div></section>"""
+
+
+def _what_was_done(study: StudyFiles) -> str:
+    """What stands behind the final networks' numbers."""
+    proxy = tables.proxy(study)
+    trained = (
+        f"Nothing was trained: {escape(proxy)} stand in for accuracy."
+        if proxy
+        else "Final networks were trained on the full schedule with fresh seeds."
+    )
+    if any(network.latency_source == tables.MEASURED for network in study.finalists):
+        timed = "They were timed again in fresh processes."
+    else:
+        timed = "The device is not attached, so their latencies are from its table and were not measured again."
+    chosen = "The front was chosen on validation images; test images were read once, afterwards."
+    return " ".join([trained, timed, *([chosen] if tables.test_was_read(study) else [])])
 
 
 def _latency_sources(study: StudyFiles) -> set[str]:

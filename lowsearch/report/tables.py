@@ -189,10 +189,15 @@ def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
     return AXES[across], AXES[next(metric for metric in costs if metric != across)]
 
 
+def proxy(study: StudyFiles) -> str:
+    """What stands in for accuracy in a study without training, `params` or `macs`; empty where accuracy is trained."""
+    sources = (network.accuracy_source for network in (*study.candidates, *study.finalists))
+    return next((source.removeprefix(PROXY) for source in sources if source.startswith(PROXY)), "")
+
+
 def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
-    proxies = [n.accuracy_source.removeprefix(PROXY) for n in study.candidates if n.accuracy_source.startswith(PROXY)]
-    if proxies:
-        return Axis(f"log10 of {proxies[0]}, in place of accuracy", lambda n: n.score, log=False)
+    if stand_in := proxy(study):
+        return Axis(f"log10 of {stand_in}, in place of accuracy", lambda n: n.score, log=False)
     accuracy = Accuracy(split)
     return Axis(f"{split.capitalize()} accuracy, %", lambda n: 100 * accuracy(n), lambda n: 100 * n.accuracy_std, log=False)
 
@@ -210,7 +215,12 @@ def comparable_accuracy(*networks: Network) -> Accuracy:
 
 
 def against_family(study: StudyFiles) -> list[FamilyComparison]:
-    """Every hand-made finalist against the proposed finalists, fastest first; only networks with an accuracy can be compared."""
+    """Every hand-made finalist against the proposed finalists, fastest first.
+
+    Empty where the study does not search for accuracy and latency, or has a proxy in place of accuracy.
+    """
+    if not {"accuracy", "latency_ms"} <= set(objectives(study).metrics):
+        return []
     known = [n for n in study.finalists if math.isfinite(n.val_accuracy)]
     family = sorted((n for n in known if n.is_family), key=lambda n: n.latency_ms)
     proposed = [n for n in known if not n.is_family]
