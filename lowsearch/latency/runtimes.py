@@ -174,8 +174,6 @@ def export_onnx(module: nn.Module, x: Tensor) -> bytes:
         warnings.filterwarnings("ignore", "The feature will be removed. Please remove usage of this function", DeprecationWarning)
         # Group norm checks its input's size in Python; sizes are fixed here.
         warnings.filterwarnings("ignore", "Converting a tensor to a Python boolean", TracerWarning)
-        # The paddings of a 2x2 convolution stay a few constant nodes; ONNX Runtime folds them when it loads the model.
-        warnings.filterwarnings("ignore", "Constant folding - Only steps=1 can be constant folded", UserWarning)
         # The exporter accepts a buffer; its signature of today speaks of paths only.
         torch.onnx.export(
             module, (x,), cast(Any, buffer), dynamo=False, opset_version=OPSET, input_names=["input"], output_names=["output"]

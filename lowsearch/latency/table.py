@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
+
 from lowsearch import locations
 from lowsearch.arch import BLOCK_TYPES, Arch, Block, block_from_dict, block_to_dict
 from lowsearch.errors import LowsearchError, MissingBlockError, TableError
@@ -61,6 +63,15 @@ class LatencyTable:
         if block not in self.entries:
             raise MissingBlockError(f"no measurement of {block} in the table of {self.target}", hint=self.target.profile_command)
         return self.entries[block]
+
+    def summary(self) -> dict[str, Any]:
+        """What the table holds and on what it was measured, as one row of a report."""
+        ratios = [row.wall_over_cpu for row in self.entries.values()]
+        return {
+            **dataclasses.asdict(self.target), "device_name": self.context.device_name, "statistic": self.context.statistic,
+            "blocks": len(self.entries), "networks": {space: len(rows) for space, rows in self.calibration.items()},
+            "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc,
+        }  # fmt: skip
 
     def save(self, folder: Path) -> Path:
         """Write the table to its place under `folder`, a folder of latency tables, and return its path."""
