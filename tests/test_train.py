@@ -326,7 +326,8 @@ def test_more_batch_than_images_still_trains(images: ImageData) -> None:
     ("field", "value"),
     [
         ("name", ""), ("epochs", 0), ("train_images", 0), ("batch_size", 1), ("learning_rate", 0.0), ("learning_rate", float("nan")),
-        ("warmup_fraction", 1.0), ("weight_decay", -0.1), ("grad_clip", 0.0), ("label_smoothing", 1.0), ("shift", 0.5), ("ema_decay", 1.0),
+        ("warmup_fraction", 1.0), ("weight_decay", -0.1),
+        ("beta2", 1.0), ("grad_clip", 0.0), ("label_smoothing", 1.0), ("shift", 0.5), ("ema_decay", 1.0),
         ("drop_path", 1.0), ("mlp_dropout", -0.1), ("evaluate_at", ()), ("evaluate_at", (0.5,)), ("evaluate_at", (0.5, 0.25, 1.0)),
     ],
 )  # fmt: skip
@@ -338,7 +339,8 @@ def test_impossible_recipe_is_refused(field: str, value: object) -> None:
 def test_recipe_hash_follows_what_influences_the_weights() -> None:
     changes: dict[str, Any] = {
         "epochs": 3, "train_images": 48, "batch_size": 12, "learning_rate": 0.1, "warmup_fraction": 0.2, "weight_decay": 0.1,
-        "grad_clip": 2.0, "label_smoothing": 0.0, "flip": False, "shift": 0.1, "ema_decay": None, "drop_path": 0.2, "mlp_dropout": 0.2,
+        "beta2": 0.95, "grad_clip": 2.0, "label_smoothing": 0.0, "flip": False, "shift": 0.1,
+        "ema_decay": None, "drop_path": 0.2, "mlp_dropout": 0.2,
     }  # fmt: skip
     hashes = {dataclasses.replace(BRIEF, **{k: v}).recipe_hash for k, v in changes.items()}
     assert len(hashes | {BRIEF.recipe_hash}) == len(changes) + 1
