@@ -209,7 +209,12 @@ def cpu_slug(model_name: str, *, family: str = "", model: str = "", n_cpus: int 
     # "2.5+" of QEMU and the like name no processor; a model number has a digit run of its own or with a letter (7502p, i7-12700h, m2).
     generic = not slug or not re.search(r"\d", slug) or "qemu" in slug or "virtual" in slug
     if generic:
-        parts = [slug or platform.machine().lower(), f"f{family}" if family else "", f"m{model}" if model else "", f"{n_cpus}vcpu"]
+        parts = [
+            slug or platform.machine().lower().replace("_", "-"),
+            f"f{family}" if family else "",
+            f"m{model}" if model else "",
+            f"{n_cpus}vcpu",
+        ]
         slug = "-".join(part for part in parts if part)
     return slug
 
