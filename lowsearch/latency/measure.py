@@ -137,6 +137,9 @@ Launcher = Callable[[Request], Iterator[Timing]]
 """Runs one request in a fresh process and yields its timings as they come."""
 
 
+_WORKER = ("-m", "lowsearch.latency.worker")
+
+
 def latency_ms(samples_ms: Sequence[Sequence[float]]) -> float:
     """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move."""
     return float(np.percentile(np.concatenate(samples_ms), 25))
@@ -265,7 +268,7 @@ def launch_worker(request: Request) -> Iterator[Timing]:
     package_root = str(Path(lowsearch.__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
     worker = subprocess.Popen(
-        [sys.executable, "-m", "lowsearch.latency.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, *_WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, encoding="utf-8", env=environment,
     )  # fmt: skip
     assert worker.stdin and worker.stdout and worker.stderr
