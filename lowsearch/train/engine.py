@@ -302,7 +302,8 @@ class _Run:
             saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             # Into memory laid out like the parameter, as the optimizer would have made it.
             self.optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else torch.empty_like(parameter, requires_grad=False).copy_(v) for k, v in saved.items()
+                name: value.to(parameter.device) if name == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
+                for name, value in saved.items()
             }
         for name, value in (self.average or {}).items():
             value.copy_(tensors[f"average.{name}"])

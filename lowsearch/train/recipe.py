@@ -16,6 +16,9 @@ from typing import Any
 
 from lowsearch.errors import UsageError
 
+ENGINE_VERSION = 1
+"""Raised when the engine gives other weights for the same recipe, so that old and new records are not mixed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
@@ -70,8 +73,8 @@ class Recipe:
 
     @property
     def recipe_hash(self) -> str:
-        """Ten hexadecimal digits of the SHA-256 of all values that influence the weights: the name and `evaluate_at` do not."""
-        values = dataclasses.asdict(self)
+        """Ten hexadecimal digits of the SHA-256 of all that influences the weights: every value but the name and `evaluate_at`."""
+        values = {**dataclasses.asdict(self), "engine": ENGINE_VERSION}
         del values["name"], values["evaluate_at"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
