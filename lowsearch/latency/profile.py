@@ -287,8 +287,8 @@ class _Partial:
     def _timing(self, line: str, number: int) -> Timing:
         try:
             return Timing.from_dict(self._parse(line, number))
-        except (LowsearchError, KeyError, TypeError, ValueError) as error:
-            raise self._damaged(number, str(error)) from error
+        except (LowsearchError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(number, f"no timing ({error})") from error
 
     def _damaged(self, number: int, reason: str) -> TableError:
         return TableError(f"{self.path}:{number}: damaged line: {reason}", hint="remove the file and run the same command again")

@@ -1,0 +1,426 @@
+"""Profiling: what is chosen, how it resumes, and whole profiles: on this CPU, and on a fake CUDA device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowsearch import cost
+from lowsearch.arch import Arch, Block
+from lowsearch.errors import DeviceError, ParityError, TableError
+from lowsearch.latency.measure import Effort, Request, Timing
+from lowsearch.latency.predictor import LatencyPredictor
+from lowsearch.latency.profile import choose_blocks, choose_networks, profile, usable_table
+from lowsearch.latency.table import LatencyTable, find_table
+from lowsearch.latency.target import Device, Target, attached_devices
+from lowsearch.latency.timers import CudaTimer
+from lowsearch.latency.worker import Bench, serve
+from lowsearch.space import SearchSpace
+
+TINY = """
+name: tiny
+num_classes: 10
+input: [{resolution_px: 32, stem_stride: 1}]
+stem: {width: [8, 16]}
+stages:
+  - {width: [8], down_expansion: [2]}
+  - {width: [16], down_expansion: [2]}
+  - {width: [16, 32], depth: [1, 2], down_expansion: [2], attention: {enabled: [true, false], stride: [2]}, mlp_ratio: [2, 0]}
+  - {width: [32], down_expansion: [2]}
+head_widths: [[32, 32]]
+"""
+SPACE = SearchSpace.from_yaml(TINY)
+OTHER = SearchSpace.from_yaml(
+    TINY.replace("name: tiny", "name: other").replace("head_widths: [[32, 32]]", "head_widths: [[32, 32], [64, 64]]")
+)
+MICRO = SearchSpace.load("lowformer-micro")
+CPU = Device(slug="fake-cpu", kind="cpu", name="Fake processor", detail="2 CPUs")
+TARGET = Target("fake-cpu", "onnxruntime")
+
+
+def block_ms(block: Block) -> float:
+    counted = cost.of_block(block)
+    return 1e-7 * counted.macs + 1e-6 * counted.activations + 0.003
+
+
+def exact(item: Block | Arch, process: int) -> Timing:
+    """What a noiseless device tells."""
+    if isinstance(item, Arch):
+        return Timing(item=item, process=process, hot_ms=(sum(map(block_ms, item.blocks())),) * 2)
+    ms = round(block_ms(item), 5)
+    return Timing(item=item, process=process, hot_ms=(ms,) * 2, warm_ms=(2 * ms,) * 2, cold_ms=(3 * ms,) * 2)
+
+
+def launch(request: Request) -> Iterator[Timing]:
+    for step in request.steps:
+        for item in step:
+            yield exact(item, request.process)
+
+
+def quick(folder: Path, launch=launch, space: SearchSpace = SPACE, **options: Any) -> LatencyTable:
+    return profile(space, TARGET, folder=folder, devices=[CPU], launch=launch, **{"n_calibration": 4, **options})
+
+
+# What is chosen ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_space_is_measured_whole() -> None:
+    assert set(choose_blocks(SPACE, 100, seed=0)) == set(SPACE.blocks)
+
+
+@pytest.mark.parametrize("budget", [120, 300, 600])
+def test_all_stems_and_heads_are_measured_and_every_kind_is_represented(budget: int) -> None:
+    chosen = choose_blocks(MICRO, budget, seed=0)
+    assert len(chosen) == len(set(chosen)) == budget and set(chosen) <= set(MICRO.blocks)
+    for kind in ("stem", "head"):
+        assert {b for b in chosen if b.kind == kind} == {b for b in MICRO.blocks if b.kind == kind}
+    assert all(sum(b.kind == kind for b in chosen) >= 5 for kind in ("conv", "downsampler", "attention", "mlp"))
+
+
+def test_a_larger_budget_keeps_what_a_smaller_one_measured() -> None:
+    few, more = (choose_blocks(MICRO, n, seed=3) for n in (150, 400))
+    missing = set(few) - set(more)
+    assert not missing
+
+
+def test_chosen_blocks_reach_the_edges_of_the_space() -> None:
+    """Predicting is interpolating: the fastest and slowest of every field are among the measured."""
+    chosen = choose_blocks(MICRO, 300, seed=0)
+    for kind in ("conv", "downsampler", "attention", "mlp"):
+        every = [b for b in MICRO.blocks if b.kind == kind]
+        measured = [b for b in chosen if b.kind == kind]
+        for field in dataclasses.fields(every[0]):
+            assert {getattr(b, field.name) for b in measured} >= {f([getattr(b, field.name) for b in every]) for f in (min, max)}
+
+
+def test_calibration_networks_cover_the_sizes() -> None:
+    archs = choose_networks(MICRO, 20, seed=0)
+    assert len(set(archs)) == 20 and all(map(MICRO.contains, archs))
+    macs = sorted(cost.count(arch).macs for arch in archs)
+    sample = np.array([cost.count(MICRO.decode(g)).macs for g in MICRO.sample(400, rng=np.random.default_rng(9))])
+    shares = [float(np.mean(sample < m)) for m in macs]
+    assert np.abs(np.array(shares) - (np.arange(20) + 0.5) / 20).max() < 0.12
+    assert choose_networks(MICRO, 20, seed=0) == archs != choose_networks(MICRO, 20, seed=1)
+
+
+# One profile -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_leaves_a_table_and_nothing_else(tmp_path: Path) -> None:
+    done: list[tuple[int, int]] = []
+    table = quick(tmp_path, progress=lambda d, n, _: done.append((d, n)))
+    assert set(table.entries) == set(SPACE.blocks) and len(table.calibration["tiny"]) == 4
+    loaded = LatencyTable.load(tmp_path / TARGET.table_path)
+    assert loaded.entries == table.entries and loaded.context == table.context
+    assert [p.name for p in (tmp_path / "fake-cpu").iterdir() if not p.name.startswith(".")] == [TARGET.table_path.name]
+    total = 2 * (len(SPACE.blocks) + 4)
+    assert done == [(i, total) for i in range(total + 1)]
+    block = SPACE.blocks[0]
+    assert table.lookup(block).warm_ms == pytest.approx(2 * block_ms(block), abs=1e-5)
+
+
+def test_a_second_profile_measures_nothing_again(tmp_path: Path) -> None:
+    first = quick(tmp_path)
+
+    def refuse(request: Request) -> Iterator[Timing]:
+        raise AssertionError(f"measured again: {request.steps}")
+
+    assert quick(tmp_path, launch=refuse).entries == first.entries
+
+
+def test_a_second_space_adds_its_rows(tmp_path: Path) -> None:
+    quick(tmp_path)
+    measured: list[Block | Arch] = []
+
+    def counting(request: Request) -> Iterator[Timing]:
+        for timing in launch(request):
+            measured.append(timing.item)
+            yield timing
+
+    table = quick(tmp_path, launch=counting, space=OTHER)
+    assert set(table.entries) == set(SPACE.blocks) | set(OTHER.blocks)
+    assert set(table.calibration) == {"tiny", "other"}
+    assert {m for m in measured if not isinstance(m, Arch)} == set(OTHER.blocks) - set(SPACE.blocks)
+    assert LatencyPredictor(SPACE, table).explain(SPACE.decode(SPACE.sample(1, rng=np.random.default_rng(0))[0]))
+
+
+def test_a_table_of_other_versions_is_replaced_not_mixed(tmp_path: Path) -> None:
+    old = quick(tmp_path)
+    foreign = dataclasses.replace(old, context=dataclasses.replace(old.context, versions={"lowsearch": "1", "onnxruntime": "0.1"}))
+    foreign.save(tmp_path)
+    measured: set[Block | Arch] = set()
+
+    def counting(request: Request) -> Iterator[Timing]:
+        for timing in launch(request):
+            measured.add(timing.item)
+            yield timing
+
+    assert quick(tmp_path, launch=counting).context.versions["onnxruntime"] != "0.1"
+    assert measured >= set(SPACE.blocks)
+
+
+def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
+    table = quick(tmp_path)
+    (tmp_path / TARGET.table_path).write_text("{")
+    assert quick(tmp_path).entries == table.entries
+
+
+# Killed and resumed ------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+def killed_after(n: int, seen: list[Timing]) -> Callable[[Request], Iterator[Timing]]:
+    def launch(request: Request) -> Iterator[Timing]:
+        for step in request.steps:
+            for item in step:
+                if len(seen) >= n:
+                    raise Killed
+                timing = exact(item, request.process)
+                yield timing
+                seen.append(timing)  # reached only once the profile asks for the next: this one is on disk
+
+    return launch
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowsearch.latency.measure.os.cpu_count", lambda: 1)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_killed_after_any_measurement_it_resumes_without_measuring_twice(tmp_path: Path) -> None:
+    calm = quick(tmp_path / "calm")
+    total = 2 * (len(SPACE.blocks) + 4)
+    for n in range(0, total, 5):
+        folder = tmp_path / str(n)
+        before: list[Timing] = []
+        with pytest.raises(Killed):
+            quick(folder, launch=killed_after(n, before))
+        assert not (folder / TARGET.table_path).exists()
+        after: list[Timing] = []
+        table = quick(folder, launch=killed_after(10**9, after))
+        assert len(before) + len(after) == total
+        assert table.entries == calm.entries
+        assert {r.arch: r.samples_ms for r in table.calibration["tiny"]} == {r.arch: r.samples_ms for r in calm.calibration["tiny"]}
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        quick(tmp_path, launch=killed_after(3, []))
+    partial = tmp_path / "fake-cpu" / "onnxruntime-fp32-b1-t1.partial.jsonl"
+    whole = partial.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 4  # the header and three timings
+    for cut in range(len(whole) - len(lines[-1]), len(whole), 7):
+        partial.write_bytes(whole[:cut])
+        after: list[Timing] = []
+        with pytest.raises(Killed):
+            quick(tmp_path, launch=killed_after(1, after))
+        assert partial.read_bytes().startswith(b"".join(lines[:3]))
+        assert len(partial.read_text().splitlines()) == 4
+        for line in partial.read_text().splitlines():
+            json.loads(line)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_a_torn_header_starts_anew(tmp_path: Path) -> None:
+    partial = tmp_path / "fake-cpu" / "onnxruntime-fp32-b1-t1.partial.jsonl"
+    partial.parent.mkdir(parents=True)
+    partial.write_text('{"schema": "lowsea')
+    assert set(quick(tmp_path).entries) == set(SPACE.blocks)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_damage_in_the_middle_of_a_partial_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        quick(tmp_path, launch=killed_after(3, []))
+    partial = tmp_path / "fake-cpu" / "onnxruntime-fp32-b1-t1.partial.jsonl"
+    lines = partial.read_text().splitlines(keepends=True)
+    for line in ("{\n", '{"block": {"kind": "magic"}, "process": 0, "hot_ms": []}\n', "[]\n", '{"process": 0}\n'):
+        partial.write_text("".join([lines[0], line, *lines[2:]]))
+        with pytest.raises(TableError, match=r"partial\.jsonl:2: damaged line.*remove the file"):
+            quick(tmp_path)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_a_partial_file_of_other_versions_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lowsearch.latency.runtimes.OnnxRuntime.versions", lambda self: {"onnxruntime": "0.1"})
+        with pytest.raises(Killed):
+            quick(tmp_path, launch=killed_after(10, []))
+    after: list[Timing] = []
+    quick(tmp_path, launch=killed_after(10**9, after))
+    assert len(after) == 2 * (len(SPACE.blocks) + 4)
+
+
+def test_two_profiles_of_one_target_do_not_mix(tmp_path: Path) -> None:
+    def nested(request: Request) -> Iterator[Timing]:
+        with pytest.raises(TableError, match="another process is measuring"):
+            quick(tmp_path)
+        yield from launch(request)
+
+    quick(tmp_path, launch=nested)
+
+
+def test_a_wrong_runtime_leaves_no_table(tmp_path: Path) -> None:
+    def wrong(request: Request) -> Iterator[Timing]:
+        raise ParityError("differs")
+        yield
+
+    with pytest.raises(ParityError):
+        quick(tmp_path, launch=wrong)
+    assert not (tmp_path / TARGET.table_path).exists()
+
+
+def test_an_absent_device_cannot_be_profiled(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"rtx3090 is not attached .*fake-cpu.*lowsearch profile --device rtx3090 --runtime eager"):
+        profile(SPACE, Target("rtx3090", "eager"), folder=tmp_path, devices=[CPU])
+
+
+# Which table a search may use --------------------------------------------------------------------------------------------
+
+
+def test_a_search_uses_the_table_of_this_machine_only_if_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "latency_tables"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOWSEARCH_HOME", str(tmp_path / "home"))
+    assert usable_table(SPACE, TARGET, devices=[CPU]) is None  # not measured yet
+    table = quick(folder)
+    found = usable_table(SPACE, TARGET, devices=[CPU])
+    assert found is not None and found.entries == table.entries
+    assert usable_table(OTHER, TARGET, devices=[CPU]) is None  # measured, but for another space
+    newer = dataclasses.replace(CPU, detail="4 CPUs")
+    with pytest.raises(TableError, match=r"device_detail: 2 CPUs then, 4 CPUs now.*lowsearch profile --device fake-cpu"):
+        usable_table(SPACE, TARGET, devices=[newer])
+
+
+def test_a_search_for_an_absent_device_uses_its_table_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick(tmp_path / "latency_tables")
+    here = Device(slug="my-laptop", kind="cpu", name="My laptop")
+    found = usable_table(SPACE, TARGET, devices=[here])
+    assert found is not None and found.target == TARGET
+    with pytest.raises(TableError, match=r"no networks of space 'other'.*--space other"):
+        usable_table(OTHER, TARGET, devices=[here])
+    with pytest.raises(TableError, match=r"no latency table for rtx3090 .*fake-cpu onnxruntime"):
+        usable_table(SPACE, Target("rtx3090", "eager"), devices=[here])
+
+
+# Whole profiles ----------------------------------------------------------------------------------------------------------
+
+QUICK = Effort(rounds=2, warmups=1, sample_ms=0.05, round_ms=0.2, turns_ms=5.0, min_turns=2, max_turns=5, cold_samples=1)
+
+
+def test_a_real_profile_of_this_cpu(tmp_path: Path) -> None:
+    """End to end in real processes: blocks and networks are measured, saved, loaded, and predicted from."""
+    cpu = attached_devices()[0]
+    target = Target(cpu.slug, "onnxruntime")
+    once = dataclasses.replace(QUICK, processes=1)
+    profile(SPACE, target, folder=tmp_path, n_calibration=4, effort=QUICK, network_effort=once)
+    table = find_table(target, folders=[tmp_path])
+    assert set(table.entries) == set(SPACE.blocks) and table.context.device_name == cpu.name
+    assert all(len(row.hot_samples_ms) == 2 and len(row.hot_samples_ms[0]) == 2 for row in table.entries.values())
+    assert all(len(row.samples_ms) == 1 and len(row.samples_ms[0]) == 2 for row in table.calibration["tiny"])
+    mean_ms, std_ms = LatencyPredictor(SPACE, table).predict(SPACE.sample(5, rng=np.random.default_rng(0)))
+    assert (mean_ms > 0).all() and (std_ms > 0).all()
+
+
+class FakeGpu(TorchDispatchMode):
+    """A CUDA device whose every kernel takes 10 us and a little for its elements. What torch launches waits until somebody does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_ms = 0.0
+        self.waiting: list[float | FakeEvent] = []
+        self.synchronised = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            self.waiting.append(0.01 + 1e-6 * out.numel())
+        return out
+
+    def synchronize(self, index: int) -> None:
+        self.synchronised += 1
+        for work in self.waiting:
+            if isinstance(work, FakeEvent):
+                work.at_ms = self.now_ms
+            else:
+                self.now_ms += work
+        self.waiting.clear()
+
+    def Event(self, *, enable_timing: bool) -> FakeEvent:
+        return FakeEvent(self)
+
+    def wall_ns(self) -> int:
+        return round(self.now_ms * 1e6)
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+        self.at_ms = 0.0
+
+    def record(self) -> None:
+        self.gpu.waiting.append(self)
+
+    def synchronize(self) -> None:
+        self.gpu.synchronize(0)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at_ms - self.at_ms
+
+
+def test_a_whole_profile_of_a_cuda_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of `lowsearch profile --device rtx3090 --runtime eager`, with the device's clock in our hands: the table holds what the
+    device worked, and the predictor adds it up to whole networks."""
+    monkeypatch.setattr(CudaTimer, "SETTLE_MS", 1.0)
+    gpu_device = Device(slug="rtx3090", kind="cuda", name="NVIDIA GeForce RTX 3090", detail="24576 MiB", driver="550.54")
+    target = Target("rtx3090", "eager")
+    running = 0
+
+    def launch_on_gpu(request: Request) -> Iterator[Timing]:
+        nonlocal running
+        running += 1
+        assert running == 1, "two processes on one GPU"
+        gpu = FakeGpu()
+        bench = Bench(torch.device("cpu"), CudaTimer(gpu, index=0, evicting=torch.zeros(4), wall_clock_ns=gpu.wall_ns))
+        with gpu:
+            yield from serve(request, bench, device=gpu_device)
+        assert gpu.synchronised
+        running -= 1
+
+    effort = dataclasses.replace(QUICK, processes=1)
+    table = profile(
+        SPACE,
+        target,
+        folder=tmp_path,
+        n_calibration=8,
+        effort=effort,
+        network_effort=effort,
+        devices=[CPU, gpu_device],
+        launch=launch_on_gpu,
+    )
+    assert (tmp_path / "rtx3090" / "eager-fp32-b1-t1.jsonl").is_file()
+    assert table.context.driver == "550.54" and "CUDA event time" in table.context.statistic
+    assert set(table.entries) == set(SPACE.blocks)
+    for row in table.entries.values():  # no caches, no noise
+        assert row.hot_ms == pytest.approx(row.warm_ms) and row.hot_ms == pytest.approx(row.cold_ms)
+        assert row.wall_over_cpu == pytest.approx(1)
+    predictor = LatencyPredictor(SPACE, LatencyTable.load(tmp_path / target.table_path))
+    measured = table.calibration["tiny"]
+    mean_ms, std_ms = predictor.predict_archs([row.arch for row in measured])
+    assert mean_ms == pytest.approx([row.latency_ms for row in measured], rel=1e-3)
+    assert (std_ms < 0.01 * mean_ms).all()
