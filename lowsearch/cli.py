@@ -155,6 +155,7 @@ def profile(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a device: the latency table of a space's blocks and its calibration networks. Resumes where it stopped."""
+    from lowsearch import locations
     from lowsearch.latency.profile import profile as measure
     from lowsearch.latency.target import resolve_target
     from lowsearch.space import SearchSpace
@@ -163,7 +164,14 @@ def profile(
     target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
     with _progress() as progress:
         result = measure(loaded, target, seed=seed, progress=progress)
-    summary = result.summary()
+    from lowsearch.latency.predictor import LatencyPredictor
+
+    predictor = LatencyPredictor(loaded, result)
+    spread = predictor.correction.relative_std
+    summary = {
+        **result.summary(), "blocks_of_space": len(loaded.blocks), "network_error_percent": 100 * spread,
+        "file": str(locations.new("latency_tables") / target.table_path),
+    }  # fmt: skip
     if as_json:
         _print_json(summary)
     else:

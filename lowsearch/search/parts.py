@@ -14,7 +14,6 @@ import numpy as np
 
 from lowsearch.arch import Arch, Block
 from lowsearch.search.estimates import AccuracyModel, LatencyModel
-from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
 
 Progress = Callable[[int, int, str], None]
@@ -52,6 +51,10 @@ class Training(Protocol):
 
     def run(self, arch: Arch, rung: float) -> Record:
         """Train on from the rung below; a rung that is recorded already is returned at once."""
+        ...
+
+    def discard(self, arch: Arch) -> None:
+        """Remove what is kept of `arch` for training on."""
         ...
 
 
@@ -126,16 +129,3 @@ class ProxyAccuracy:
 
         score = np.log10(Estimator(self.space, None).estimate(genomes).mean[self.metric])
         return score, np.zeros(len(genomes))
-
-
-def resolve(settings: StudySettings) -> StudySettings:
-    """`settings` with every default and alias replaced by what it means here."""
-    raise NotImplementedError
-
-
-def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
-    raise NotImplementedError
-
-
-def build_parts(folder: Path, settings: StudySettings) -> Parts:
-    raise NotImplementedError

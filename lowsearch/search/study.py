@@ -34,9 +34,10 @@ from lowsearch import errors
 from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.latency.table import write_atomically
 from lowsearch.search import finalists, promotion
+from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.estimates import Estimator, excess, reference_values
 from lowsearch.search.outputs import StudyFiles
-from lowsearch.search.parts import Parts, Progress, build_parts, prepare, resolve
+from lowsearch.search.parts import Parts, Progress
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.storage import Candidate, candidates, enqueue, n_proposals, open_study, reclaim
 from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan, proxy_of
@@ -336,7 +337,7 @@ class _Run:
         return trials is not None and n_proposals(self._study) >= trials
 
     def _n_finished(self) -> int:
-        return sum(c.state in ("complete", "pruned", "failed") for c in candidates(self._study, self._parts.space))
+        return sum(c.state in ("complete", "pruned") for c in candidates(self._study, self._parts.space))
 
     def _start_missing(self, job: Literal["search", "finals"]) -> None:
         for slot in range(self._plan.settings.workers):

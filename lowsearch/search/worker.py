@@ -31,10 +31,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.arch import Arch
 from lowsearch.errors import LowsearchError, StudyError
+from lowsearch.search.assembly import build_parts
 from lowsearch.search.estimates import AccuracyModel, Estimator, excess
 from lowsearch.search.foreign import FOREIGN, SeededSampler
 from lowsearch.search.objectives import Metric
-from lowsearch.search.parts import Parts, ProxyAccuracy, Record, Scorer, build_parts
+from lowsearch.search.parts import Parts, ProxyAccuracy, Record, Scorer
 from lowsearch.search.promotion import may_go_on
 from lowsearch.search.sampler import LowSearchSampler, suggest_genome
 from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
@@ -111,7 +112,7 @@ class SearchWorker:
             try:
                 if self._enough():
                     return
-                self._study.optimize(self._objective, n_trials=1, callbacks=[self._count_pruned])
+                self._study.optimize(self._objective, n_trials=1, callbacks=[self._tidy, self._count_pruned])
             finally:
                 self._lock.release(force=True)
 
@@ -121,6 +122,11 @@ class SearchWorker:
             return False
         trials = self._plan.settings.trials
         return trials is not None and n_proposals(self._study) >= trials
+
+    def _tidy(self, _: optuna.Study, trial: FrozenTrial) -> None:
+        if self._training is not None and trial.state == TrialState.COMPLETE:
+            genome = np.array([trial.params[gene.name] for gene in self._parts.space.genes], dtype=np.int8)
+            self._training.discard(self._parts.space.decode(genome))
 
     def _count_pruned(self, _: optuna.Study, trial: FrozenTrial) -> None:
         self._pruned_in_a_row = self._pruned_in_a_row + 1 if trial.state == TrialState.PRUNED else 0

@@ -1,0 +1,171 @@
+"""The real parts of a study, put together from its folder: space, latency table, training ladder, device.
+
+What decides the numbers is copied into the folder when the study is made (space.yaml, latency_table.jsonl), so that a resumed study
+works with what it began with, whatever has been edited or measured since.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lowsearch.accuracy.ladder import Ladder
+from lowsearch.accuracy.predictor import AccuracyPredictor
+from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
+from lowsearch.arch import Arch
+from lowsearch.data import ImageData, load_data
+from lowsearch.errors import StudyError
+from lowsearch.files import write_atomically
+from lowsearch.latency.measure import NetworkLatency, measure_networks
+from lowsearch.latency.predictor import LatencyPredictor
+from lowsearch.latency.profile import current_context, profile, usable_table
+from lowsearch.latency.table import LatencyTable, check_fits
+from lowsearch.latency.target import Target, resolve_device, resolve_target
+from lowsearch.search.parts import FinalScore, Parts, Progress
+from lowsearch.search.settings import DEFAULT_DATA, StudySettings
+from lowsearch.space import SearchSpace
+from lowsearch.train import Recipe, evaluate, recipe, train
+
+SPACE_FILE = "space.yaml"
+TABLE_FILE = "latency_table.jsonl"
+DEFAULT_RECIPE = "micro"
+LARGEST_EMBEDDED_PX = 96
+"""The embedded images have 28 pixels: what they say about networks for more than this is not worth training for."""
+
+
+def resolve(settings: StudySettings) -> StudySettings:
+    """`settings` with every default and alias replaced by what it means here.
+
+    Raises StudyError where nothing on this machine can tell the accuracy of the space's networks.
+    """
+    device = resolve_device(settings.device).slug
+    if settings.accuracy in ("params", "macs"):
+        return dataclasses.replace(settings, device=device)
+    space = SearchSpace.load(settings.space)
+    if settings.data is None and min(px for px, _ in space.genes[0].choices) > LARGEST_EMBEDDED_PX:
+        raise StudyError(
+            f"there is no accuracy signal for space {space.name!r} on this machine: its networks are too large for the embedded images",
+            hint="search by a stated proxy (--accuracy macs or --accuracy params), or train on your own images (--data folder:PATH)",
+        )
+    name = settings.recipe or DEFAULT_RECIPE
+    recipe(name)
+    return dataclasses.replace(settings, device=device, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name)
+
+
+def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
+    """Put the space and the latency table into the study's folder; measures the table where this machine has none yet."""
+    if not (folder / SPACE_FILE).exists():
+        write_atomically(folder / SPACE_FILE, SearchSpace.load(settings.space).text)
+    space, data = _space(folder, settings), _data(settings)
+    if data is not None:
+        space = space.with_num_classes(len(data.classes))
+    target = _target(settings)
+    stored = folder / TABLE_FILE
+    if stored.exists():
+        device = resolve_device(target.device)
+        if device.attached:
+            check_fits(LatencyTable.load(stored), target, current_context(target, device))
+        return
+    if usable_table(space, target) is None:
+        profile(space, target, progress=progress)
+    table = usable_table(space, target)
+    assert table is not None, "profile has just measured it"
+    LatencyPredictor(space, table)  # Raises where the table cannot carry a search.
+    _copy_table(table, stored)
+
+
+def build_parts(folder: Path, settings: StudySettings) -> Parts:
+    """The parts of the study in `folder`, after `prepare`."""
+    space, data = _space(folder, settings), _data(settings)
+    if data is not None:
+        space = space.with_num_classes(len(data.classes))
+    target = _target(settings)
+    attached = resolve_device(target.device).attached
+    table = LatencyTable.load(folder / TABLE_FILE)
+    predictor = LatencyPredictor(space, table)
+    untrained = AccuracyPredictor(space)
+
+    def records() -> Sequence[AccuracyRecord]:
+        found = AccuracyRecords(folder / "records.jsonl")
+        return sorted(found, key=lambda record: (record.arch_id, record.rung))
+
+    def fit(found: Sequence[Any]) -> AccuracyPredictor | None:
+        return copy.copy(untrained).fit(found) if found else None
+
+    def measure(archs: Sequence[Arch], progress: Progress | None) -> Sequence[NetworkLatency]:
+        return measure_networks(archs, target, progress=progress)
+
+    def training() -> Ladder:
+        assert data is not None and schedule is not None
+        return Ladder(data, schedule, folder=folder, seed=settings.seed)
+
+    def train_final(arch: Arch, seed: int, path: Path) -> FinalScore:
+        assert data is not None and schedule is not None
+        return _train_final(arch, data, schedule, seed=seed, path=path)
+
+    schedule = recipe(settings.recipe) if settings.recipe is not None else None
+    trains = data is not None and schedule is not None
+    return Parts(
+        space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
+        chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
+        train_final=train_final if trains else None, measure=measure if attached else None, facts=_facts(table, data),
+    )  # fmt: skip
+
+
+def _train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, path: Path) -> FinalScore:
+    checkpoint = path.with_name(f"{path.name}.checkpoint.safetensors")
+    result = train(arch, data, schedule, seed=seed, checkpoint=checkpoint)
+    test_accuracy = evaluate(result.model(), data.test, arch.resolution_px)
+    result.save_weights(path.with_name(f"{path.name}.safetensors"))
+    curve = [{"fraction": p.fraction, "train_loss": p.train_loss, "val_accuracy": p.val_accuracy} for p in result.curve]
+    return FinalScore(
+        val_accuracy=result.val_accuracy, test_accuracy=test_accuracy, n_val=len(data.val), n_test=len(data.test),
+        cpu_seconds=result.cpu_seconds, details={"recipe": schedule.name, "curve": curve, "diverged": result.diverged},
+    )  # fmt: skip
+
+
+def _target(settings: StudySettings) -> Target:
+    return resolve_target(
+        settings.device, settings.runtime, precision=settings.precision, batch=settings.batch, threads=settings.threads
+    )  # fmt: skip
+
+
+def _space(folder: Path, settings: StudySettings) -> SearchSpace:
+    path = folder / SPACE_FILE
+    return SearchSpace.load(path) if path.exists() else SearchSpace.load(settings.space)
+
+
+@cache
+def _loaded(name: str) -> ImageData:
+    return load_data(name)
+
+
+def _data(settings: StudySettings) -> ImageData | None:
+    return None if settings.data is None or settings.accuracy in ("params", "macs") else _loaded(settings.data)
+
+
+def _copy_table(table: LatencyTable, path: Path) -> None:
+    staging = path.with_name(f".{path.name}.parts")
+    written = table.save(staging)
+    written.replace(path)
+    shutil.rmtree(staging)
+
+
+def _facts(table: LatencyTable, data: ImageData | None) -> dict[str, Any]:
+    """What study.yaml states beside the settings."""
+    facts: dict[str, Any] = {
+        "device_name": table.context.device_name,
+        "latency_table": {
+            "measured": table.context.date_utc, "blocks": len(table.entries), "statistic": table.context.statistic,
+            "versions": dict(table.context.versions),
+        },
+    }  # fmt: skip
+    if data is not None:
+        facts["data_hash"] = data.data_hash
+        facts["images"] = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    return facts
