@@ -1,0 +1,217 @@
+"""The latency predictor: planted corrections come back, shares add up, slower blocks never help, and guesses say that they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowsearch import cost
+from lowsearch.arch import Arch, Block, Mlp
+from lowsearch.errors import TableError
+from lowsearch.latency.block_model import BlockModel
+from lowsearch.latency.measure import NetworkLatency
+from lowsearch.latency.predictor import Correction, LatencyPredictor, _elements
+from lowsearch.latency.profile import choose_blocks, choose_networks
+from lowsearch.latency.table import BlockLatency, LatencyTable
+from lowsearch.latency.target import Device, Target, context
+from lowsearch.space import SearchSpace
+
+SPACE = SearchSpace.load("lowformer-micro")
+TARGET = Target("fake-cpu", "onnxruntime")
+HERE = context(TARGET, Device(slug="fake-cpu", kind="cpu", name="Fake"), statistic="t", versions={}, runtime_options={})
+TRUTH = Correction(hot=0.3, warm=0.5, cold=0.15, overhead_ms=0.004, ms_per_element=2e-8, relative_std=0.0)
+
+
+@cache
+def block_latency(block: Block) -> BlockLatency:
+    """Closed-form times of a block whose three states are not proportional to each other."""
+    counted = cost.of_block(block)
+    hot = 0.01 + 2e-8 * counted.macs + 1e-7 * counted.activations
+    warm = hot + 0.006 + 2e-7 * counted.params
+    return BlockLatency(hot_ms=hot, warm_ms=warm, cold_ms=warm + 0.03 + 4e-8 * counted.activations * len(block.kind))
+
+
+def network_ms(arch: Arch, truth: Correction = TRUTH) -> float:
+    return sum(
+        truth.hot * row.hot_ms
+        + truth.warm * row.warm_ms
+        + truth.cold * row.cold_ms
+        - truth.overhead_ms
+        - truth.ms_per_element * _elements(b)
+        for b in arch.blocks()
+        for row in [block_latency(b)]
+    )
+
+
+def made_table(*, measured: int | None = None, noise: float = 0.0, n: int = 20, seed: int = 0) -> LatencyTable:
+    rng = np.random.default_rng(seed)
+    blocks = SPACE.blocks if measured is None else choose_blocks(SPACE, measured, seed=seed)
+    networks = [(arch, network_ms(arch) * float(np.exp(noise * rng.normal()))) for arch in choose_networks(SPACE, n, seed=seed)]
+    rows = tuple(NetworkLatency(arch=arch, latency_ms=ms, samples_ms=((ms,),)) for arch, ms in networks)
+    return LatencyTable(target=TARGET, context=HERE, entries={b: block_latency(b) for b in blocks}, calibration={SPACE.name: rows})
+
+
+def held_out(n: int, seed: int = 99) -> tuple[np.ndarray, list[Arch], np.ndarray]:
+    genomes = SPACE.sample(n, rng=np.random.default_rng(seed))
+    archs = [SPACE.decode(genome) for genome in genomes]
+    return genomes, archs, np.array([network_ms(arch) for arch in archs])
+
+
+@pytest.fixture(scope="module")
+def predictor() -> LatencyPredictor:
+    return LatencyPredictor(SPACE, made_table())
+
+
+@pytest.fixture(scope="module")
+def partial_predictor() -> LatencyPredictor:
+    return LatencyPredictor(SPACE, made_table(measured=400))
+
+
+def test_a_planted_correction_is_recovered(predictor: LatencyPredictor) -> None:
+    found = dataclasses.asdict(predictor.correction)
+    for name, planted in dataclasses.asdict(TRUTH).items():
+        assert found[name] == pytest.approx(planted, rel=1e-3, abs=1e-6), name
+
+
+def test_networks_it_never_saw_are_exact_without_noise(predictor: LatencyPredictor) -> None:
+    genomes, _, truth_ms = held_out(100)
+    mean_ms, std_ms = predictor.predict(genomes)
+    assert mean_ms.shape == std_ms.shape == (100,)
+    assert mean_ms == pytest.approx(truth_ms, rel=1e-4)
+    assert (std_ms <= 1e-4 * mean_ms).all()
+
+
+def test_genomes_networks_and_explanations_agree(partial_predictor: LatencyPredictor) -> None:
+    genomes, archs, _ = held_out(20)
+    mean_ms, std_ms = partial_predictor.predict(genomes)
+    by_arch, std_by_arch = partial_predictor.predict_archs(archs)
+    assert mean_ms == pytest.approx(by_arch) and std_ms == pytest.approx(std_by_arch)
+    for arch, ms in zip(archs, mean_ms, strict=True):
+        shares = partial_predictor.explain(arch)
+        assert [(share.place, share.block) for share in shares] == list(arch.named_blocks())
+        assert sum(share.ms for share in shares) == pytest.approx(ms)
+        assert all(share.ms > 0 for share in shares)
+
+
+def test_no_network_is_no_prediction(predictor: LatencyPredictor) -> None:
+    mean_ms, std_ms = predictor.predict(np.empty((0, SPACE.n_genes), np.int8))
+    assert mean_ms.shape == std_ms.shape == (0,)
+    assert all(part.shape == (0,) for part in predictor.predict_archs([]))
+
+
+def test_what_was_not_measured_says_so_and_is_less_certain(predictor: LatencyPredictor, partial_predictor: LatencyPredictor) -> None:
+    _, archs, _ = held_out(20)
+    for arch in archs:
+        for share in partial_predictor.explain(arch):
+            assert share.source == ("measured" if share.block in partial_predictor.table.entries else "predicted")
+    genomes, _, truth_ms = held_out(200)
+    mean_ms, std_ms = partial_predictor.predict(genomes)
+    exact_std_ms = predictor.predict(genomes)[1]
+    assert (std_ms >= exact_std_ms).all() and std_ms.mean() > 2 * exact_std_ms.mean()
+    assert np.mean(np.abs(mean_ms / truth_ms - 1)) < 0.03
+    assert np.mean(np.abs(mean_ms - truth_ms) <= 2 * std_ms) > 0.9
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.08])
+def test_the_stated_spread_is_the_real_one(noise: float) -> None:
+    """Across many tables of 20 noisy networks, about 68 and 95 % of noisy new measurements lie within one and two deviations."""
+    genomes, _, truth_ms = held_out(100)
+    within: list[tuple[float, float]] = []
+    for seed in range(12):
+        table = made_table(noise=noise, seed=seed)
+        mean_ms, std_ms = LatencyPredictor(SPACE, table).predict(genomes)
+        seen_ms = truth_ms * np.exp(noise * np.random.default_rng(1000 + seed).normal(size=100))
+        z = np.abs(seen_ms - mean_ms) / std_ms
+        within.append((float(np.mean(z < 1)), float(np.mean(z < 2))))
+    one, two = np.mean(within, axis=0)
+    assert 0.6 < one < 0.85 and 0.9 < two <= 1
+
+
+times = st.floats(1e-3, 10)
+weights = st.floats(0, 2)
+
+
+@given(hot=times, warm=times, cold=times, slower=times, a=weights, b=weights, c=weights, overhead=st.floats(0, 1), per=st.floats(0, 1e-3))
+def test_a_slower_block_never_lowers_the_estimate(
+    hot: float, warm: float, cold: float, slower: float, a: float, b: float, c: float, overhead: float, per: float
+) -> None:
+    correction = Correction(hot=a, warm=b, cold=c, overhead_ms=overhead, ms_per_element=per, relative_std=0.0)
+    block = Mlp(channels=8, resolution_px=4, ratio=2)
+    base = BlockLatency(hot_ms=hot, warm_ms=warm, cold_ms=cold)
+    base_ms = correction.block_ms(block, base)
+    assert base_ms > 0
+    for change in ({"hot_ms": hot + slower}, {"warm_ms": warm + slower}, {"cold_ms": cold + slower}):
+        assert correction.block_ms(block, dataclasses.replace(base, **change)) >= base_ms
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_fitted_weight_is_negative(seed: int) -> None:
+    correction = LatencyPredictor(SPACE, made_table(noise=0.3, n=6, seed=seed)).correction
+    assert min(dataclasses.astuple(correction)) >= 0
+
+
+def test_a_network_need_not_be_in_the_space(partial_predictor: LatencyPredictor) -> None:
+    arch = dataclasses.replace(SPACE.decode(SPACE.sample(1, rng=np.random.default_rng(0))[0]), num_classes=37)
+    mean_ms, std_ms = partial_predictor.predict_archs([arch])
+    assert mean_ms[0] == pytest.approx(network_ms(arch), rel=0.1) and std_ms[0] > 0
+    assert partial_predictor.explain(arch)[-1].source == "predicted"
+
+
+def test_the_same_space_with_other_classes_is_predicted_from_the_same_table() -> None:
+    predictor = LatencyPredictor(SPACE.with_num_classes(100), made_table())
+    genomes = SPACE.sample(50, rng=np.random.default_rng(0))
+    mean_ms, _ = predictor.predict(genomes)
+    truth_ms = [network_ms(dataclasses.replace(SPACE.decode(g), num_classes=100)) for g in genomes]
+    assert mean_ms == pytest.approx(truth_ms, rel=0.05)
+
+
+def test_a_table_without_networks_of_the_space_cannot_predict() -> None:
+    table = dataclasses.replace(made_table(), calibration={"another": made_table().calibration[SPACE.name]})
+    with pytest.raises(TableError, match=r"holds 0 networks of space 'lowformer-micro'.*--space lowformer-micro"):
+        LatencyPredictor(SPACE, table)
+
+
+def test_a_kind_that_was_hardly_measured_cannot_be_predicted() -> None:
+    table = made_table()
+    kept = {b: row for b, row in table.entries.items() if b.kind != "attention"}
+    with pytest.raises(TableError, match="holds 0 attention blocks, too few"):
+        LatencyPredictor(SPACE, dataclasses.replace(table, entries=kept))
+
+
+@pytest.mark.parametrize("kind", ["conv", "downsampler", "attention"])
+def test_unmeasured_blocks_are_predicted_within_the_stated_error(kind: str) -> None:
+    every = [b for b in SPACE.blocks if b.kind == kind]
+    chosen = set(choose_blocks(SPACE, 400, seed=0))
+    rng = np.random.default_rng(0)
+    table = made_table()
+    noisy = {b: scaled(block_latency(b), float(np.exp(0.05 * rng.normal()))) for b in every if b in chosen}
+    predictions = BlockModel(dataclasses.replace(table, entries=noisy)).predict([b for b in every if b not in chosen])
+    errors = np.array([p.latency.warm_ms / block_latency(b).warm_ms - 1 for b, p in predictions.items()])
+    stated = np.array([p.relative_std for p in predictions.values()])
+    assert len(errors) and all(p.latency.source == "predicted" for p in predictions.values())
+    assert np.sqrt(np.mean(errors**2)) < 1.2 * stated.mean() and stated.mean() < 0.15
+
+
+def scaled(row: BlockLatency, factor: float) -> BlockLatency:
+    return BlockLatency(hot_ms=row.hot_ms * factor, warm_ms=row.warm_ms * factor, cold_ms=row.cold_ms * factor)
+
+
+def test_the_block_model_does_not_run_away_outside_what_was_measured() -> None:
+    table = made_table()
+    small = {b: row for b, row in table.entries.items() if getattr(b, "resolution_px", 0) <= 16}
+    far = [b for b in table.entries if b.kind == "conv" and b not in small]
+    predicted = BlockModel(dataclasses.replace(table, entries=small)).predict(far)
+    slowest = max(row.warm_ms for b, row in small.items() if b.kind == "conv")
+    assert all(0 < p.latency.warm_ms < 20 * slowest for p in predicted.values())
+
+
+def test_predictions_are_the_same_in_every_process() -> None:
+    genomes = SPACE.sample(50, rng=np.random.default_rng(0))
+    table = made_table(measured=300)
+    first, second = (LatencyPredictor(SPACE, table).predict(genomes) for _ in range(2))
+    assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
