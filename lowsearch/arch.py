@@ -305,8 +305,7 @@ class Arch:
     @property
     def arch_id(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON; the same on every machine and in every run."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        return _arch_id(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; `from_dict` inverts it."""
@@ -400,6 +399,12 @@ def stage_from_dict(values: object, where: str = "stage") -> Stage:
     if fields.get("attention") is not None:
         fields["attention"] = _from_fields(Attention, _mapping(fields["attention"], f"{where}: attention"), f"{where}: attention")
     return _from_fields(Stage, fields, where)
+
+
+@cache
+def _arch_id(arch: Arch) -> str:
+    canonical = json.dumps(arch.to_dict(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
 @cache

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from sklearn.linear_model import BayesianRidge
 
 from lowsearch import cost
 from lowsearch.arch import Arch, Block
@@ -32,6 +32,9 @@ from lowsearch.space import SearchSpace
 
 SPACE = SearchSpace.load("lowformer-micro")
 SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
+_sample = SPACE.sample(500, rng=np.random.default_rng(0))
+_features = np.column_stack([SPACE.features(_sample), np.log(SCORE(_sample))])
+CENTER, SPREAD = _features.mean(axis=0), np.maximum(_features.std(axis=0), 1e-9) * np.sqrt(_features.shape[1])
 RUNGS = (0.25, 0.5, 1.0)
 STEP_S = float(os.environ.get("FAKE_STEP_S", "0"))
 """How long a rung takes."""
@@ -81,9 +84,13 @@ class FakeRecords:
     def read(self) -> list[FakeRecord]:
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines()
-        records = [FakeRecord(**{**json.loads(line), "arch": Arch.from_dict(json.loads(line)["arch"])}) for line in lines]
-        return sorted(records, key=lambda r: (r.arch_id, r.rung))
+        return sorted(map(parsed, self.path.read_text().splitlines()), key=lambda r: (r.arch_id, r.rung))
+
+
+@cache
+def parsed(line: str) -> FakeRecord:
+    values = json.loads(line)
+    return FakeRecord(**{**values, "arch": Arch.from_dict(values["arch"])})
 
 
 class FakeTraining:
@@ -106,20 +113,28 @@ class FakeTraining:
         self.records.append(record)
         return record
 
+    def discard(self, arch):
+        pass
+
 
 class FakeScorer:
-    """Linear regression of what is known: a full accuracy as it is, a partial one scaled up."""
+    """Ridge regression of what is known: a full accuracy as it is, a partial one scaled up."""
 
     def __init__(self, records: Sequence[FakeRecord]):
         genomes = np.stack([SPACE.encode(r.arch) for r in records])
         targets = np.array([self.predict_record(r)[0] for r in records])
-        self.model = BayesianRidge().fit(self._features(genomes), targets)
+        features = self._features(genomes)
+        self.covariance = np.linalg.inv(features.T @ features / 0.01**2 + np.eye(features.shape[1]) / 0.05**2)
+        self.mean = targets.mean()
+        self.weights = self.covariance @ features.T @ (targets - self.mean) / 0.01**2
 
     def _features(self, genomes):
-        return np.column_stack([SPACE.features(genomes), np.log(SCORE(genomes))])
+        features = np.column_stack([SPACE.features(genomes), np.log(SCORE(genomes))])
+        return (features - CENTER) / SPREAD
 
     def predict(self, genomes):
-        return self.model.predict(self._features(genomes), return_std=True)
+        features = self._features(genomes)
+        return self.mean + features @ self.weights, np.sqrt(np.einsum("ij,jk,ik->i", features, self.covariance, features))
 
     def predict_record(self, record):
         return record.val_accuracy / (0.7 + 0.3 * record.rung), 0.02 * (1.05 - record.rung)
@@ -151,9 +166,7 @@ def train_final(arch, seed, path):
     truth = float(true_accuracy(SPACE.encode(arch)[None])[0])
     path.with_name(path.name + ".checkpoint").write_text("half way")
     path.with_name(path.name + ".safetensors").write_bytes(b"weights")
-    return FinalScore(
-        val_accuracy=truth + noise(arch.arch_id, seed), test_accuracy=truth - 0.01, n_val=1000, n_test=2000, cpu_seconds=10.0
-    )
+    return FinalScore(val_accuracy=truth + noise(arch.arch_id, seed), test_accuracy=truth - 0.01, n_val=1000, n_test=2000, cpu_seconds=10.0)
 
 
 def misbehave(folder, arch):
@@ -175,9 +188,7 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         space=SPACE,
         latency=FakeLatency(),
         latency_source="predicted" if attached else "table",
-        explain=lambda arch: [
-            FakeShare(place, block, cost.of_block(block).macs / 2e7) for place, block in arch.named_blocks()
-        ],
+        explain=lambda arch: [FakeShare(place, block, cost.of_block(block).macs / 2e7) for place, block in arch.named_blocks()],
         chance_accuracy=0.1,
         training=lambda: FakeTraining(folder, settings.seed),
         records=FakeRecords(folder).read,

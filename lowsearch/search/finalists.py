@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
-from lowsearch.latency.table import write_atomically
+from lowsearch.files import write_atomically
 from lowsearch.search import pareto
 from lowsearch.search.estimates import Estimator
 from lowsearch.search.objectives import Metric
@@ -229,7 +229,7 @@ def measure_planned(folder: Path, plan: FinalPlan, parts: Parts, progress: Progr
     wanted = sorted({f.arch_id for f in plan.finalists})
     if path.exists():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
             if sorted(stored) == wanted:
                 return {arch_id: (float(v["latency_ms"]), float(v["latency_std_ms"])) for arch_id, v in stored.items()}
         except (ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ import numpy as np
 
 from lowsearch import cost
 from lowsearch.arch import Arch
-from lowsearch.latency.table import write_atomically
+from lowsearch.files import write_atomically
 from lowsearch.search import pareto
 from lowsearch.search.estimates import AccuracyModel, Estimator, excess
 from lowsearch.search.parts import Parts

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
@@ -66,7 +66,7 @@ def open_study(folder: Path, objectives: Objectives, *, sampler: BaseSampler | N
             )
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{path} is damaged: {error}", hint=f"restore it, or remove {folder} and search again") from error
-        sqlalchemy.event.listen(storage.engine, "connect", _without_fsync)
+        event.listen(storage.engine, "connect", _without_fsync)
         storage.engine.dispose()  # Connections opened so far have not heard of it.
         return optuna.create_study(
             storage=storage, study_name=STUDY_NAME, directions=list(objectives.directions), sampler=sampler, load_if_exists=True

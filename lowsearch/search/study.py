@@ -28,11 +28,10 @@ import numpy as np
 import optuna
 import yaml
 from filelock import FileLock, Timeout
-from scipy.stats import kendalltau, spearmanr
 
 from lowsearch import errors
 from lowsearch.errors import LowsearchError, StudyError
-from lowsearch.latency.table import write_atomically
+from lowsearch.files import write_atomically
 from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.estimates import Estimator, excess, reference_values
@@ -468,6 +467,8 @@ class _Run:
         pairs = [(rungs[min(rungs)], rungs[1.0]) for rungs in by_rung.values() if 1.0 in rungs and min(rungs) < 1.0]
         if len(pairs) < 3:
             return {"pairs": len(pairs)}
+        from scipy.stats import kendalltau, spearmanr  # Half a second that only the end of a study needs.
+
         first, last = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         with np.errstate(invalid="ignore"):
             spearman, kendall = spearmanr(first, last), kendalltau(first, last)

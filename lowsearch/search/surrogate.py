@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.linear_model import BayesianRidge
 
 from lowsearch.search.estimates import Estimator
 
@@ -12,6 +11,8 @@ class TrialSurrogate:
     """Bayesian linear regression of a trial's accuracy on the space's features and the logarithms of MACs and parameters."""
 
     def __init__(self, estimator: Estimator, genomes: np.ndarray, accuracies: np.ndarray) -> None:
+        from sklearn.linear_model import BayesianRidge  # A second that a sampler with an accuracy model never needs.
+
         self._estimator = estimator
         features = self._raw(genomes)
         self._shift, scale = features.mean(axis=0), features.std(axis=0)
