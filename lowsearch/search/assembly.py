@@ -104,20 +104,21 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         assert data is not None and schedule is not None
         return Ladder(data, schedule, folder=folder, seed=settings.seed)
 
-    def train_final(arch: Arch, seed: int, path: Path) -> FinalScore:
+    def finalist(arch: Arch, seed: int, path: Path) -> FinalScore:
         assert data is not None and schedule is not None
-        return _train_final(arch, data, schedule, seed=seed, path=path)
+        return train_final(arch, data, schedule, seed=seed, path=path)
 
     schedule = recipe(settings.recipe) if settings.recipe is not None else None
     trains = data is not None and schedule is not None
     return Parts(
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
-        train_final=train_final if trains else None, measure=measure if attached else None, facts=_facts(table, data),
+        train_final=finalist if trains else None, measure=measure if attached else None, facts=_facts(table, data),
     )  # fmt: skip
 
 
-def _train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, path: Path) -> FinalScore:
+def train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, path: Path) -> FinalScore:
+    """Train `arch` on the whole schedule, read the test split, and leave the weights at `<path>.safetensors`."""
     checkpoint = path.with_name(f"{path.name}.checkpoint.safetensors")
     result = train(arch, data, schedule, seed=seed, checkpoint=checkpoint)
     test_accuracy = evaluate(result.model(), data.test, arch.resolution_px)
