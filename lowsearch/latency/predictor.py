@@ -98,18 +98,20 @@ class LatencyPredictor:
         return [
             BlockShare(place=place, block=block, ms=self.correction.block_ms(block, latency), source=latency.source)
             for place, block in arch.named_blocks()
-            for latency in [self._latency(block)]
+            for latency in [self.latency(block)]
         ]
+
+    def latency(self, block: Block) -> BlockLatency:
+        """What was measured of `block`, or what its kind's model predicts."""
+        self._predict_missing([block])
+        measured = self.table.entries.get(block)
+        return measured if measured is not None else self._predictions[block].latency
 
     @cached_property
     def _score(self):
         """Scorer of populations: the two columns of `_block_row`, summed."""
         self._predict_missing(self.space.blocks)
         return self.space.block_sums(np.array([self._block_row(block) for block in self.space.blocks]))
-
-    def _latency(self, block: Block) -> BlockLatency:
-        measured = self.table.entries.get(block)
-        return measured if measured is not None else self._predictions[block].latency
 
     def _predict_missing(self, blocks: Sequence[Block]) -> None:
         missing = [b for b in dict.fromkeys(blocks) if b not in self.table.entries and b not in self._predictions]
@@ -118,7 +120,7 @@ class LatencyPredictor:
 
     def _block_row(self, block: Block) -> tuple[float, float]:
         """What `block` adds to the mean, and to the variance beyond that of networks of measured blocks."""
-        mean = self.correction.block_ms(block, self._latency(block))
+        mean = self.correction.block_ms(block, self.latency(block))
         return mean, self._block_variance(block, mean)
 
     def _block_variance(self, block: Block, mean_ms: float) -> float:
@@ -138,7 +140,7 @@ class LatencyPredictor:
         fitted = Correction(hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=0.0)
         # Predicted blocks of the calibration networks are part of their spread already; elsewhere they count by themselves.
         explained = [
-            sum(self._block_variance(b, fitted.block_ms(b, self._latency(b))) for b in arch.blocks()) / time_ms**2
+            sum(self._block_variance(b, fitted.block_ms(b, self.latency(b))) for b in arch.blocks()) / time_ms**2
             for arch, time_ms in zip(archs, measured_ms, strict=True)
         ]
         total = float(np.mean(left_out**2))
@@ -148,7 +150,7 @@ class LatencyPredictor:
         )
 
     def _inputs(self, block: Block) -> tuple[float, ...]:
-        latency = self._latency(block)
+        latency = self.latency(block)
         return latency.hot_ms, latency.warm_ms, latency.cold_ms, -1.0, -float(_elements(block))
 
 

@@ -53,6 +53,7 @@ def profile(
     max_blocks: int = MAX_BLOCKS,
     n_calibration: int = 20,
     seed: int = 0,
+    fresh: bool = False,
     effort: Effort | None = None,
     network_effort: Effort | None = None,
     progress: Progress | None = None,
@@ -61,7 +62,8 @@ def profile(
 ) -> LatencyTable:
     """Measure what the table of `target` lacks for `space`, and write it under `folder` (default: ./latency_tables).
 
-    Killed at any moment, the same call resumes. A table of the same machine and versions is extended, any other is replaced.
+    Killed at any moment, the same call resumes. A table of the same machine and versions is extended, any other is replaced;
+    with `fresh` it is replaced in any case.
     Raises DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
     """
     device = require_attached(target, devices=devices)
@@ -71,7 +73,7 @@ def profile(
     path.parent.mkdir(parents=True, exist_ok=True)
     efforts = {"blocks": effort or Effort(), "networks": network_effort or NETWORK_EFFORT}
     with _locked(path):
-        table = _table_to_extend(target, here, folder)
+        table = _empty(target, here) if fresh else _table_to_extend(target, here, folder)
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = {row.arch for row in table.calibration.get(space.name, ())}
         archs = [arch for arch in choose_networks(space, n_calibration, seed=seed) if arch not in known]
@@ -205,6 +207,10 @@ def _table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTabl
             return table
         except TableError as error:
             log.warning("starting a new table: %s", error.message)
+    return _empty(target, here)
+
+
+def _empty(target: Target, here: Context) -> LatencyTable:
     return LatencyTable(target=target, context=here, entries={}, calibration={})
 
 

@@ -1,0 +1,175 @@
+"""How well does the predictor know a network's latency before it runs? Held-out random networks, measured in fresh processes.
+
+    python benchmarks/latency_prediction.py --space lowformer-micro          # 2 to 4 minutes
+    python benchmarks/latency_prediction.py --space lowformer                # 8 to 12 minutes
+
+Needs the latency table of this machine (`lowsearch profile`). Beside ours: the raw sum of hot blocks, and straight lines in the MACs and
+in the parameters, fitted on the same calibration networks. The noise floor is the same network measured in two fresh processes, and
+says how much of an error is the measurement's. Writes benchmarks/results/latency_prediction-<space>-<runtime>.json with every network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau, spearmanr
+
+from lowsearch import cost
+from lowsearch.arch import Arch
+from lowsearch.latency.measure import NetworkLatency, measure_networks
+from lowsearch.latency.predictor import LatencyPredictor
+from lowsearch.latency.profile import current_context
+from lowsearch.latency.table import LatencyTable, check_fits, find_table
+from lowsearch.latency.target import require_attached, resolve_target
+from lowsearch.space import SearchSpace
+
+RESULTS = Path(__file__).parent / "results"
+GOALS = {"lowformer": {"mape": 0.04, "within_10": 0.97, "spearman": 0.98}, "lowformer-micro": {"mape": 0.06}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", default="lowformer-micro")
+    parser.add_argument("--runtime", default="onnxruntime")
+    parser.add_argument("--networks", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=2026, help="of the held-out networks; calibration uses other networks")
+    parser.add_argument("--recompute", action="store_true", help="judge the stored measurements again, without measuring")
+    arguments = parser.parse_args()
+    space = SearchSpace.load(arguments.space)
+    target = resolve_target("cpu", arguments.runtime)
+    path = RESULTS / f"latency_prediction-{space.name}-{target.runtime}.json"
+    table = find_table(target)
+    device = require_attached(target)
+    here = current_context(target, device)
+    check_fits(table, target, here)
+
+    if arguments.recompute:
+        stored = json.loads(path.read_text())
+        context, seconds = stored["context"], stored["measuring_s"]
+        rows = [_network(values) for values in stored["networks"]]
+    else:
+        archs = held_out(space, table, arguments.networks, seed=arguments.seed)
+        started = time.perf_counter()
+        rows = measure_networks(archs, target, seed=arguments.seed, progress=_print_progress)
+        context, seconds = dataclasses.asdict(here), round(time.perf_counter() - started, 1)
+
+    result = judge(space, table, rows)
+    goals = GOALS.get(space.name, {})
+    met = {name: bool(_better(name, result["methods"]["ours"][name], goal)) for name, goal in goals.items()}
+    print_table(space, target, result, goals, met)
+    networks = [{"arch": row.arch.to_dict(), "samples_ms": row.samples_ms, "wall_over_cpu": row.wall_over_cpu} for row in rows]
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "command": f"python benchmarks/latency_prediction.py --space {space.name} --runtime {target.runtime} --networks {len(rows)} "
+        f"--seed {arguments.seed}",
+        "space": space.name, "target": dataclasses.asdict(target), "context": context, "measuring_s": seconds, "goals": goals,
+        "goals_met": met, **result, "networks": networks,
+    }  # fmt: skip
+    head = json.dumps({name: value for name, value in content.items() if name != "networks"}, indent=1)[:-2]
+    lines = ",\n".join("  " + json.dumps(network) for network in networks)
+    path.write_text(f'{head},\n "networks": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    print(f"written: {path}")
+
+
+def held_out(space: SearchSpace, table: LatencyTable, n: int, *, seed: int) -> list[Arch]:
+    """`n` random networks that calibrated nothing."""
+    known = {row.arch for row in table.calibration.get(space.name, ())}
+    archs = dict.fromkeys(space.decode(genome) for genome in space.sample(2 * n, rng=np.random.default_rng(seed)))
+    return [arch for arch in archs if arch not in known][:n]
+
+
+def judge(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency]) -> dict[str, Any]:
+    """Every method's error on `rows`, and how honest our stated spread is."""
+    calibration = table.calibration[space.name]
+    predictor = LatencyPredictor(space, table)
+    archs, measured_ms = [row.arch for row in rows], np.array([row.latency_ms for row in rows])
+    mean_ms, std_ms = predictor.predict_archs(archs)
+    raw_ms = np.array([sum(predictor.latency(block).hot_ms for block in arch.blocks()) for arch in archs])
+    methods = {"ours": mean_ms, "raw sum of hot blocks": raw_ms}
+    for name in ("macs", "params"):
+        methods[f"{name} only"] = _line(calibration, name, archs)
+    first, second = (np.array([np.percentile(row.samples_ms[process], 25) for row in rows]) for process in (0, 1))
+    z = np.abs(measured_ms - mean_ms) / std_ms
+    shares = [share for arch in archs for share in predictor.explain(arch)]
+    total_ms = sum(share.ms for share in shares)
+    return {
+        "n_networks": len(rows), "n_calibration": len(calibration), "n_blocks_measured": sum(b in table.entries for b in space.blocks),
+        "n_blocks": len(space.blocks), "predicted_share_of_ms": sum(s.ms for s in shares if s.source == "predicted") / total_ms,
+        "measured_ms": {"min": float(measured_ms.min()), "median": float(np.median(measured_ms)), "max": float(measured_ms.max())},
+        "methods": {name: _errors(values, measured_ms) for name, values in methods.items()},
+        "noise_floor": _errors(second, first), "wall_over_cpu": float(np.median([row.wall_over_cpu for row in rows])),
+        "within_1_std": float(np.mean(z < 1)), "within_2_std": float(np.mean(z < 2)), "mean_relative_std": float(np.mean(std_ms / mean_ms)),
+        "correction": dataclasses.asdict(predictor.correction),
+    }  # fmt: skip
+
+
+def _line(calibration: Sequence[NetworkLatency], name: str, archs: Sequence[Arch]) -> np.ndarray:
+    """a x + b with relative least squares on the calibration networks, x the MACs or the parameters."""
+
+    def inputs(of: Sequence[Arch]) -> np.ndarray:
+        return np.array([[getattr(cost.count(arch), name), 1.0] for arch in of])
+
+    measured_ms = np.array([row.latency_ms for row in calibration])
+    weights = np.linalg.lstsq(inputs([row.arch for row in calibration]) / measured_ms[:, None], np.ones(len(calibration)), rcond=None)[0]
+    return inputs(archs) @ weights
+
+
+def _errors(predicted_ms: np.ndarray, measured_ms: np.ndarray) -> dict[str, float]:
+    relative = predicted_ms / measured_ms - 1
+    return {
+        "mape": float(np.mean(np.abs(relative))),
+        "within_10": float(np.mean(np.abs(relative) <= 0.10)),
+        "spearman": float(spearmanr(predicted_ms, measured_ms)[0]),
+        "kendall": float(kendalltau(predicted_ms, measured_ms)[0]),
+        "bias": float(np.mean(relative)),
+    }
+
+
+def _better(name: str, value: float, goal: float) -> bool:
+    return value <= goal if name == "mape" else value >= goal
+
+
+def print_table(space: SearchSpace, target: object, result: dict[str, Any], goals: dict[str, float], met: dict[str, bool]) -> None:
+    low, high = result["measured_ms"]["min"], result["measured_ms"]["max"]
+    print(f"\n{space.name} on {target}: {result['n_networks']} held-out networks, {low:.3f} to {high:.3f} ms")
+    print(
+        f"{result['n_calibration']} calibration networks; {result['n_blocks_measured']} of {result['n_blocks']} blocks measured, "
+        f"predicted ones make {result['predicted_share_of_ms']:.0%} of the time; wall/CPU {result['wall_over_cpu']:.2f}"
+    )
+    print(f"{'':24s} {'MAPE':>7s} {'in 10 %':>8s} {'Spearman':>9s} {'Kendall':>8s} {'bias':>7s}")
+    for name, errors in {**result["methods"], "noise floor": result["noise_floor"]}.items():
+        print(
+            f"{name:24s} {errors['mape']:7.1%} {errors['within_10']:8.0%} {errors['spearman']:9.3f} {errors['kendall']:8.3f} "
+            f"{errors['bias']:+7.1%}"
+        )
+    print(
+        f"stated spread {result['mean_relative_std']:.1%}: {result['within_1_std']:.0%} of the networks within one, "
+        f"{result['within_2_std']:.0%} within two"
+    )
+    for name, goal in goals.items():
+        print(f"goal {name} {goal}: {'met' if met[name] else 'missed'}")
+
+
+def _network(values: dict[str, Any]) -> NetworkLatency:
+    from lowsearch.latency.measure import latency_ms
+
+    samples = tuple(tuple(rounds) for rounds in values["samples_ms"])
+    return NetworkLatency(
+        arch=Arch.from_dict(values["arch"]), latency_ms=latency_ms(samples), samples_ms=samples, wall_over_cpu=values["wall_over_cpu"]
+    )
+
+
+def _print_progress(done: int, total: int, label: str) -> None:
+    if done % 20 == 0 or done == total:
+        print(f"{done}/{total} {label}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
