@@ -123,11 +123,12 @@ def _line(calibration: Sequence[NetworkLatency], name: str, archs: Sequence[Arch
 
 def _errors(predicted_ms: np.ndarray, measured_ms: np.ndarray) -> dict[str, float]:
     relative = predicted_ms / measured_ms - 1
+    ranks: list[Any] = [spearmanr(predicted_ms, measured_ms)[0], kendalltau(predicted_ms, measured_ms)[0]]
     return {
         "mape": float(np.mean(np.abs(relative))),
         "within_10": float(np.mean(np.abs(relative) <= 0.10)),
-        "spearman": float(spearmanr(predicted_ms, measured_ms)[0]),
-        "kendall": float(kendalltau(predicted_ms, measured_ms)[0]),
+        "spearman": float(ranks[0]),
+        "kendall": float(ranks[1]),
         "bias": float(np.mean(relative)),
     }
 

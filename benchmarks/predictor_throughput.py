@@ -2,7 +2,8 @@
 
     python benchmarks/predictor_throughput.py        # seconds; writes benchmarks/results/predictor_throughput.json
 
-The clock is process CPU time, which counts every thread: a second core could only make the number worse. Uses the latency tables of this machine where they exist, else a table of closed-form times: the speed does not depend on the numbers.
+The clock is process CPU time, which counts every thread: a second core could only make the number worse. Uses the latency tables
+of this machine where they exist, else a table of closed-form times: the speed does not depend on the numbers.
 """
 
 from __future__ import annotations
