@@ -1,0 +1,283 @@
+"""The end of a study: who is chosen, what their numbers mean, and what is not done twice."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowsearch.arch import Arch
+from lowsearch.search import pareto
+from lowsearch.search.finalists import (
+    MAX_PROPOSALS,
+    MIN_PROPOSALS,
+    FinalPlan,
+    choose,
+    measure_planned,
+    plan_finals,
+    train_planned,
+    trainings_done,
+    write_finals,
+)
+from lowsearch.search.objectives import parse_limits
+from lowsearch.search.settings import StudySettings
+from lowsearch.search.storage import Candidate
+
+_spec = importlib.util.spec_from_file_location("study_fakes", Path(__file__).with_name("study_fakes.py"))
+assert _spec and _spec.loader
+fakes = importlib.util.module_from_spec(_spec)
+sys.modules["study_fakes"] = fakes
+_spec.loader.exec_module(fakes)
+
+SPACE = fakes.SPACE
+SETTINGS = StudySettings(workers=1)
+REFERENCE = SETTINGS.objectives.costs({"accuracy": np.array([0.1]), "latency_ms": np.array([1.0])})[0]
+
+
+def candidate(number, genome, *, accuracy=None, **changes):
+    truth = float(fakes.true_accuracy(genome[None])[0])
+    values = {
+        "number": number, "genome": genome, "origin": "proposed", "name": "", "state": "complete", "reason": "", "rung": 1.0,
+        "accuracy": truth if accuracy is None else accuracy, "accuracy_std": 0.01, "val_accuracy": truth, "elapsed_s": float(number),
+    }  # fmt: skip
+    return Candidate(**values | changes)
+
+
+def make_family():
+    return [candidate(i, SPACE.encode(arch), origin="family", name=name) for i, (name, arch) in enumerate(SPACE.family.items())]
+
+
+def make_candidates(n, *, seed=0):
+    genomes = SPACE.sample(n, rng=np.random.default_rng(seed))
+    return make_family() + [candidate(100 + i, genome) for i, genome in enumerate(genomes)]
+
+
+def parts(folder=Path(), **changes):
+    return dataclasses.replace(fakes.make_parts(folder, SETTINGS), **changes)
+
+
+def finish(folder, settings, found, **changes):
+    """Plan, train, measure and write; returns what write_finals returns and the rows of finalists.csv."""
+    made = parts(folder, **changes)
+    plan = plan_finals(folder, settings, made, found, REFERENCE, schedule_cpu_s=10.0)
+    train_planned(folder, made)
+    measured = measure_planned(folder, plan, made, None)
+    finals = write_finals(folder, settings, made, plan, measured, describe=lambda archs: None)
+    with (folder / "finalists.csv").open(newline="") as file:
+        return finals, list(csv.DictReader(file))
+
+
+def proposals(finalists):
+    return [f for f in finalists if f.origin != "family"]
+
+
+def ms(archs):
+    return fakes.FakeLatency().predict(np.stack([SPACE.encode(a) for a in archs]))[0]
+
+
+# Choosing
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_family_and_the_best_cover_of_the_proposals_are_chosen(seed):
+    found = make_candidates(40, seed=seed)
+    finalists = choose(SETTINGS, parts(), found, REFERENCE)
+    assert [f.name for f in finalists if f.origin == "family"] == list(SPACE.family)
+    chosen = proposals(finalists)
+    assert MIN_PROPOSALS <= len(chosen) <= MAX_PROPOSALS
+    everyone = [c for c in found if c.origin == "proposed"]
+    costs = np.array([[-c.accuracy, math.log(ms([SPACE.decode(c.genome)])[0])] for c in everyone])
+    mine = np.array([[-f.estimated_accuracy, math.log(ms([f.arch])[0])] for f in chosen])
+    assert pareto.hypervolume(mine, REFERENCE) >= (1 - 1 / math.e) * pareto.hypervolume(costs, REFERENCE)
+
+
+def test_dominated_proposals_fill_up_to_five():
+    genomes = SPACE.sample(30, rng=np.random.default_rng(1))
+    best = int(np.argmin(ms([SPACE.decode(g) for g in genomes])))
+    found = [candidate(i, g, accuracy=0.9 if i == best else 0.5) for i, g in enumerate(genomes)]
+    chosen = choose(SETTINGS, parts(), found, REFERENCE)
+    assert len(chosen) == MIN_PROPOSALS
+    assert SPACE.decode(genomes[best]).arch_id in {f.arch_id for f in chosen}
+
+
+def test_fewer_than_five_proposals_are_all_chosen():
+    found = make_candidates(3)
+    assert len(proposals(choose(SETTINGS, parts(), found, REFERENCE))) == 3
+
+
+def test_networks_that_broke_a_limit_or_were_not_scored_are_not_chosen():
+    limits = parse_limits(maxima=["latency_ms=0.3"], minima=["accuracy=0.6"])
+    settings = dataclasses.replace(SETTINGS, limits=limits)
+    found = make_candidates(40)
+    found += [dataclasses.replace(found[20], number=200, state="pruned"), dataclasses.replace(found[21], number=201, accuracy=math.nan)]
+    chosen = proposals(choose(settings, parts(), found, REFERENCE))
+    assert chosen
+    mean_ms, std_ms = fakes.FakeLatency().predict(np.stack([SPACE.encode(f.arch) for f in chosen]))
+    assert (mean_ms + std_ms <= 0.3).all()
+    assert all(f.estimated_accuracy >= 0.6 for f in chosen)
+
+
+def test_a_plan_is_kept_until_the_search_has_gone_on(tmp_path):
+    found = make_candidates(10)
+    first = plan_finals(tmp_path, SETTINGS, parts(), found, REFERENCE, schedule_cpu_s=1.0)
+    other_estimates = [dataclasses.replace(c, accuracy=0.5) for c in found]
+    assert plan_finals(tmp_path, SETTINGS, parts(), other_estimates, REFERENCE, schedule_cpu_s=1.0) == first
+    assert FinalPlan.load(tmp_path) == first
+    more = [*found, candidate(300, SPACE.sample(1, rng=np.random.default_rng(9))[0], accuracy=0.99)]
+    later = plan_finals(tmp_path, SETTINGS, parts(), more, REFERENCE, schedule_cpu_s=1.0)
+    assert later.n_candidates == first.n_candidates + 1
+    assert later.seeds == first.seeds
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule_cpu_s", "n_seeds"),
+    [
+        (StudySettings(budget_s=480.0, workers=2), 20.0, 1),
+        (StudySettings(budget_s=3600.0, workers=2), 20.0, 2),
+        (StudySettings(trials=10), 1.0, 1),
+        (StudySettings(budget_s=480.0, final_seeds=3), 20.0, 3),
+    ],
+)
+def test_a_second_seed_is_spent_where_the_budget_allows_it(tmp_path, settings, schedule_cpu_s, n_seeds):
+    plan = plan_finals(tmp_path, settings, parts(), make_candidates(10), REFERENCE, schedule_cpu_s=schedule_cpu_s)
+    assert len(set(plan.seeds)) == n_seeds
+    assert settings.seed not in plan.seeds
+
+
+# Training and measuring
+
+
+def test_every_finalist_is_trained_once_for_every_seed_and_never_again(tmp_path):
+    asked = []
+
+    def train(arch, seed, path):
+        asked.append((arch.arch_id, seed))
+        return fakes.train_final(arch, seed, path)
+
+    settings = dataclasses.replace(SETTINGS, final_seeds=2)
+    made = parts(tmp_path, train_final=train)
+    plan = plan_finals(tmp_path, settings, made, make_candidates(10), REFERENCE, schedule_cpu_s=1.0)
+    train_planned(tmp_path, made)
+    train_planned(tmp_path, made)
+    assert sorted(asked) == sorted((f.arch_id, seed) for f in plan.finalists for seed in plan.seeds)
+    assert [seed for _, seed in asked] == sorted((seed for _, seed in asked), key=plan.seeds.index), "every network once, then again"
+    assert trainings_done(tmp_path, plan) == len(asked)
+
+
+def test_a_training_that_died_is_the_only_one_repeated(tmp_path):
+    asked = []
+
+    def train(arch, seed, path):
+        asked.append(arch.arch_id)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return fakes.train_final(arch, seed, path)
+
+    made = parts(tmp_path, train_final=train)
+    plan_finals(tmp_path, SETTINGS, made, make_candidates(10), REFERENCE, schedule_cpu_s=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train_planned(tmp_path, made)
+    before = asked[:3]
+    train_planned(tmp_path, made)
+    assert not set(before) & set(asked[4:])
+    assert asked[4] == asked[3]
+
+
+def test_finalists_are_measured_together_and_once(tmp_path):
+    calls = []
+
+    def measure(archs, progress):
+        calls.append(len(archs))
+        return fakes.measure(archs, progress)
+
+    made = parts(tmp_path, measure=measure)
+    plan = plan_finals(tmp_path, SETTINGS, made, make_candidates(10), REFERENCE, schedule_cpu_s=1.0)
+    first = measure_planned(tmp_path, plan, made, None)
+    assert measure_planned(tmp_path, plan, made, None) == first
+    assert calls == [len(plan.finalists)]
+
+
+# The files
+
+
+def test_the_front_is_what_nothing_dominates_by_validation_accuracy_and_measured_latency(tmp_path):
+    finals, rows = finish(tmp_path, SETTINGS, make_candidates(30))
+    values = np.array([[-float(row["val_accuracy"]), math.log(float(row["latency_ms"]))] for row in rows])
+    assert [row["on_front"] == "true" for row in rows] == pareto.non_dominated(values).tolist()
+    with (tmp_path / "front.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [row for row in rows if row["on_front"] == "true"]
+    assert {row["latency_source"] for row in rows} == {"measured"}
+    for row in rows:
+        assert float(row["latency_ms"]) == pytest.approx(1.03 * float(row["predicted_latency_ms"]), rel=1e-6)
+
+
+def test_every_finalist_leaves_its_architecture_weights_and_metrics(tmp_path):
+    _, rows = finish(tmp_path, dataclasses.replace(SETTINGS, final_seeds=2), make_candidates(10))
+    for row in rows:
+        home = tmp_path / "models" / row["arch_id"]
+        assert (tmp_path / row["weights"]).read_bytes() == b"weights"
+        assert Arch.from_json((home / "arch.json").read_text()).arch_id == row["arch_id"]
+        metrics = json.loads((home / "metrics.json").read_text())
+        assert metrics["test_accuracy"] == pytest.approx(float(row["test_accuracy"]), rel=1e-6)
+        assert len(metrics["trainings"]) == 2
+        assert not list(home.glob("*.checkpoint*"))
+
+
+def test_writing_again_changes_nothing(tmp_path):
+    found = make_candidates(10)
+    finish(tmp_path, SETTINGS, found)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    finish(tmp_path, SETTINGS, found)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("factor", "broken"), [(0.9, 0), (1.5, None)])
+def test_how_many_proposals_broke_their_limit_and_by_how_much(tmp_path, factor, broken):
+    settings = dataclasses.replace(SETTINGS, limits=parse_limits(maxima=["latency_ms=0.4"]))
+
+    def measure(archs, progress):
+        return [fakes.FakeMeasured(factor * float(x), 0.001) for x in ms(archs)]
+
+    finals, rows = finish(tmp_path, settings, make_candidates(40), measure=measure)
+    own = [row for row in rows if row["origin"] != "family"]
+    over = [row for row in own if float(row["latency_ms"]) > 0.4]
+    assert [row["over_limit"] == "true" for row in rows] == [float(row["latency_ms"]) > 0.4 for row in rows]
+    assert (finals.n_limited, finals.n_over_limit) == (len(own), len(over))
+    assert broken is None or finals.n_over_limit == broken
+    assert broken == 0 or finals.worst_excess == pytest.approx(max(float(row["latency_ms"]) for row in own) / 0.4 - 1, rel=1e-6)
+
+
+def test_the_standard_error_joins_the_draw_of_images_and_the_spread_of_two_seeds(tmp_path):
+    _, rows = finish(tmp_path, dataclasses.replace(SETTINGS, final_seeds=2), make_candidates(10))
+    trainings = [json.loads((tmp_path / "models" / row["arch_id"] / "metrics.json").read_text())["trainings"] for row in rows]
+    pooled = np.mean([np.var([t["val_accuracy"] for t in pair], ddof=1) for pair in trainings])
+    for row in rows:
+        p = float(row["test_accuracy"])
+        assert float(row["accuracy_std"]) == pytest.approx(math.sqrt(p * (1 - p) / 2000 + pooled / 2), rel=1e-5)
+        assert "2000 test images" in row["accuracy_std_origin"] and "2 seeds" in row["accuracy_std_origin"]
+
+
+def test_with_one_seed_the_family_gives_the_spread_between_seeds(tmp_path):
+    found = make_candidates(10)
+    for i in range(len(SPACE.family)):  # Searched with a score 1 point off the truth; the fakes' final noise is 0.4 points.
+        found[i] = dataclasses.replace(found[i], val_accuracy=found[i].val_accuracy + (0.01 if i % 2 else -0.01))
+    _, rows = finish(tmp_path, SETTINGS, found)
+    differences = [float(row["val_accuracy"]) - c.val_accuracy for row, c in zip(rows, found, strict=False) if c.origin == "family"]
+    expected = np.mean(np.square(differences)) / 2
+    p = float(rows[0]["test_accuracy"])
+    assert float(rows[0]["accuracy_std"]) == pytest.approx(math.sqrt(p * (1 - p) / 2000 + expected), rel=1e-4)
+    assert "6 family members" in rows[0]["accuracy_std_origin"]
+
+
+def test_without_a_device_the_predictions_stand_and_say_so(tmp_path):
+    _, rows = finish(tmp_path, SETTINGS, make_candidates(10), measure=None, latency_source="table")
+    assert {row["latency_source"] for row in rows} == {"table"}
+    assert all(row["latency_ms"] == row["predicted_latency_ms"] for row in rows)
+    assert not (tmp_path / "measurements.json").exists()
