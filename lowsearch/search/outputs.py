@@ -54,11 +54,11 @@ class StudyFiles:
         self._folder, self._settings, self._parts, self._reference = folder, settings, parts, reference_costs
         self._estimator = Estimator(parts.space, parts.latency)
         self._networks: dict[str, dict[str, Any]] = {}
-        self._last: list[tuple[int, str]] | None = None
+        self._last: list[tuple[int, str, str]] | None = None
 
     def refresh(self, found: Sequence[Candidate]) -> float:
         """Bring the candidates, the hypervolume and the networks up to date; returns the hypervolume now."""
-        standing = [(c.number, c.state) for c in found]
+        standing = [(c.number, c.state, str(c.accuracy)) for c in found]
         rows = self._rows(found)
         curve = self._hypervolumes(found, rows)
         if standing != self._last:

@@ -13,7 +13,7 @@ seed and the trial number: a resumed study proposes what an uninterrupted one wo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class Evolution:
     generations: int = 16
     niches: int = 16
     """Half of the parents are the best of equal slices of the second objective (latency), so that no part of the front dies out."""
+    shortlist: int = 512
+    """Of the last population, those that the accuracy model's exact form (`predict_exact`), where it has one, judges again."""
     explore: float = 0.15
     """Probability that a proposal is chosen within a random slice of latency rather than over all of it."""
 
@@ -219,6 +221,10 @@ class LowSearchSampler(BaseSampler):
         if rng.random() < settings.explore:
             present = np.unique(pool.slices)
             pool = pool.take(pool.slices == rng.choice(present))
+        exact = getattr(accuracy, "predict_exact", None)
+        if exact is not None:
+            best = pool.take(np.argsort(-pool.gain, kind="stable")[: settings.shortlist])
+            pool = _Pool.of(best.genomes, self, front, _Exact(exact))
         return pool.genomes[int(np.argmax(pool.gain))]
 
     def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> StudyError:
@@ -233,6 +239,16 @@ class LowSearchSampler(BaseSampler):
             f"no untried network of space {self.space.name!r} keeps the limits ({limits}) with the margin of the predictions",
             hint=f"random networks reach {reach}" if reach else "choose a larger space",
         )
+
+
+class _Exact:
+    """The exact form of an accuracy model, too slow for populations, as a model of its own."""
+
+    def __init__(self, predict_exact: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+        self._predict_exact = predict_exact
+
+    def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._predict_exact(genomes)
 
 
 @dataclass(frozen=True, eq=False)

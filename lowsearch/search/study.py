@@ -7,6 +7,7 @@ under its number and trains on from its checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from lowsearch.files import write_atomically
 from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.estimates import Estimator, excess, reference_values
-from lowsearch.search.outputs import StudyFiles
+from lowsearch.search.outputs import StudyFiles, decode
 from lowsearch.search.parts import Parts, Progress
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.storage import Candidate, candidates, enqueue, n_proposals, open_study, reclaim
@@ -402,7 +403,7 @@ class _Run:
 
     def finish(self) -> StudyResult:
         """Train and measure the finalists, and write what the study found."""
-        found = candidates(self._study, self._parts.space)
+        found = self._scored_anew(candidates(self._study, self._parts.space))
         settings = self._plan.settings
         plan = finalists.plan_finals(
             self._folder, settings, self._parts, found, self._plan.reference_costs, schedule_cpu_s=self._schedule_cpu_s()
@@ -415,13 +416,29 @@ class _Run:
         finals = finalists.write_finals(self._folder, settings, self._parts, plan, measured, describe=self._files.describe)
         proxy = proxy_of(settings, self._parts)
         self._files.write_sample(None if proxy else self._parts.fit(self._parts.records()))
-        self._files.refresh(found)
+        self._hypervolume = self._files.refresh(found)
         self._clock.tick(now=True)
         summary = self._summary(found, finals)
         write_atomically(self._folder / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
         values = read_study_file(self._folder) or {}
         write_study_file(self._folder, values | {"spent_s": {phase: round(seconds, 1) for phase, seconds in self._clock.spent_s.items()}})
         return StudyResult(folder=self._folder, front=[row for row in finals.rows if row["on_front"]], summary=summary)
+
+    def _scored_anew(self, found: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates with what is estimated of them now: the first were scored when little was known."""
+        records = self._parts.records()
+        scorer = self._parts.fit(records)
+        if scorer is None or proxy_of(self._plan.settings, self._parts) is not None:
+            return list(found)
+        latest = {record.arch_id: record for record in sorted(records, key=lambda r: r.rung)}
+        anew = []
+        for c in found:
+            record = latest.get(decode(self._parts.space, c.genome).arch_id) if c.state == "complete" else None
+            if record is not None:
+                accuracy, std = scorer.predict_record(record)
+                c = dataclasses.replace(c, accuracy=float(accuracy), accuracy_std=float(std))
+            anew.append(c)
+        return anew
 
     def _schedule_cpu_s(self) -> float:
         """What a training of the whole schedule costs on average; 0 where none was done."""
