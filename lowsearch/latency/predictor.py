@@ -6,7 +6,8 @@ A network is the sum of its blocks, corrected for what a block alone cannot show
 
 `h, w, c` place the state of the caches in a network between the three that were measured; `o` is the overhead of a call, which every
 measured block pays and a network pays once; `t` the cost of handing over a tensor at a block's edges, which a network mostly saves. All
-are at least 0, and fitted on the whole networks of the table. The spread they leave is the `±` of every prediction.
+are at least 0, and fitted on the whole networks of the table, relatively and robustly. The spread they leave is the `±` of every
+prediction.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ MIN_NETWORKS = 3
 """A correction fitted on fewer networks than this says nothing about its own error."""
 MIN_SHARE = 0.1
 """No correction takes a block below this share of its hot time."""
+_HUBER_STEPS = 10
+_DOUBTED = 1.5
+"""Networks beyond this many deviations count less in the fit."""
+_OUTLYING = 3.0
+"""Networks beyond this many deviations count no more than this for the spread."""
+_USUAL_SHARES = np.array([0.25, 0.5, 0.25])
+"""Hot, warm and cold weight where the networks do not say otherwise, and how far they usually are from it."""
+_SHARE_STD = 0.2
 _REPEATS_VARIANCE = 2.0
 """A predicted block often stands several times in a network, and errs there in the same direction."""
 
@@ -130,12 +139,11 @@ class LatencyPredictor:
         return np.sqrt((self.correction.relative_std * mean) ** 2 + variance)
 
     def _fit(self, archs: Sequence[Arch], measured_ms: np.ndarray) -> Correction:
-        """Non-negative least squares on relative errors; the spread from leaving out one network after the other."""
+        """The correction, and its spread from leaving out one network after the other."""
         inputs = np.array([np.sum([self._inputs(block) for block in arch.blocks()], axis=0) for arch in archs]) / measured_ms[:, None]
-        ones = np.ones(len(archs))
-        weights = nnls(inputs, ones)[0]
+        weights = _fit_weights(inputs)
         kept = ~np.eye(len(archs), dtype=bool)
-        left_out = np.array([inputs[i] @ nnls(inputs[kept[i]], ones[kept[i]])[0] - 1 for i in range(len(archs))])
+        left_out = np.array([inputs[i] @ _fit_weights(inputs[kept[i]]) - 1 for i in range(len(archs))])
         hot, warm, cold, overhead_ms, ms_per_element = (float(weight) for weight in weights)
         fitted = Correction(hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=0.0)
         # Predicted blocks of the calibration networks are part of their spread already; elsewhere they count by themselves.
@@ -143,7 +151,8 @@ class LatencyPredictor:
             sum(self._block_variance(b, fitted.block_ms(b, self.latency(b))) for b in arch.blocks()) / time_ms**2
             for arch, time_ms in zip(archs, measured_ms, strict=True)
         ]
-        total = float(np.mean(left_out**2))
+        outlying = _OUTLYING * _deviation(left_out)  # One disturbed measurement is not the spread of all the others.
+        total = float(np.mean(np.clip(left_out, -outlying, outlying) ** 2))
         spread = max(total - float(np.mean(explained)), 0.25 * total)
         return Correction(
             hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=float(np.sqrt(spread))
@@ -152,6 +161,29 @@ class LatencyPredictor:
     def _inputs(self, block: Block) -> tuple[float, ...]:
         latency = self.latency(block)
         return latency.hot_ms, latency.warm_ms, latency.cold_ms, -1.0, -float(_elements(block))
+
+
+def _fit_weights(inputs: np.ndarray) -> np.ndarray:
+    """Weights (n_inputs,), none negative, with `inputs @ weights` close to 1 for every network.
+
+    A network far from the line counts less (Huber), and the three states of the caches are pulled towards their usual shares, as far
+    as the noise of the networks leaves them open.
+    """
+    ones = np.ones(len(inputs))
+    weights = nnls(inputs, ones)[0]
+    for _ in range(_HUBER_STEPS):
+        residuals = np.abs(inputs @ weights - 1)
+        deviation = _deviation(residuals)
+        trust = np.sqrt(np.minimum(1.0, _DOUBTED * deviation / np.maximum(residuals, 1e-12)))
+        pull = np.eye(3, inputs.shape[1]) * deviation / _SHARE_STD
+        rows = np.vstack([inputs * trust[:, None], pull])
+        weights = nnls(rows, np.concatenate([trust, np.diag(pull) * _USUAL_SHARES]))[0]
+    return weights
+
+
+def _deviation(residuals: np.ndarray) -> float:
+    """Standard deviation of most of the residuals around 0, whatever the few others do."""
+    return float(1.4826 * np.median(np.abs(residuals))) + 1e-9
 
 
 def _elements(block: Block) -> int:
