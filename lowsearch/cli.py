@@ -220,7 +220,7 @@ def run(
         limits=parse_limits(maxima=maximum or [], minima=minimum or []), budget_s=parse_budget(budget) if budget is not None else None,
         trials=trials, sampler=sampler, seed=seed, workers=workers, recipe=recipe, accuracy=accuracy, final_seeds=final_seeds,
     )  # fmt: skip
-    folder = locations.new("studies") / _study_name(study or objective)
+    folder = locations.new("studies") / _study_name(objective if study is None else study)
     with _progress() as progress:
         result = run_study(settings, folder, progress=progress)
     page = build_report(folder)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from lowsearch import cli
-from lowsearch.errors import UsageError
 
-from lowsearch import PRESETS
+from lowsearch import PRESETS, cli
+from lowsearch.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -99,10 +100,46 @@ def test_other_budgets_are_refused(text: str) -> None:
         (["profile", "--runtime", "tensorflow"], "onnxruntime"),
         (["profile", "--precision", "fp12"], "precision"),
         (["profile", "--space", "nowhere"], "unknown search space"),
+        (["run", "--objective", "acc"], "objective"),
+        (["run", "--objective", "acc-speed"], "speed"),
+        (["run", "--objective", "acc-acc"], "acc"),
+        (["run", "--max", "latency_ms"], "latency_ms"),
+        (["run", "--max", "latency_ms=fast"], "fast"),
+        (["run", "--max", "latency=3"], "latency"),
+        (["run", "--min", "accuracy=nan"], "nan"),
+        (["run", "--budget", "8"], "8m, 90s or 1h30m"),
+        (["run", "--budget", "0s"], "is not a duration"),
+        (["run", "--trials", "0"], "trials"),
+        (["run", "--trials", "ten"], "--trials"),
+        (["run", "--workers", "0"], "workers"),
+        (["run", "--seed", "-1"], "seed"),
+        (["run", "--sampler", "cma"], "--sampler"),
+        (["run", "--accuracy", "top5"], "--accuracy"),
+        (["run", "--accuracy", "macs", "--min", "accuracy=0.8"], "accuracy has a limit"),
+        (["run", "--study", "../escape"], "no folder name"),
+        (["run", "--study", ""], "no folder name"),
+        (["run", "--space", "nowhere"], "unknown search space"),
+        (["run", "--space", "lowformer"], "--accuracy macs"),
+        (["run", "--device", "rtx3090"], "rtx3090"),
+        (["run", "--device", "rtx3090", "--accuracy", "macs"], "rtx3090"),
+        (["run", "--data", "imagenet"], "unknown data set"),
+        (["run", "--data", "folder:nowhere"], "nowhere"),
+        (["run", "--data", "npz:nowhere.npz"], "nowhere.npz"),
+        (["run", "--data", "torchvision:NoSuchSet"], "NoSuchSet"),
+        (["run", "--recipe", "imagenet"], "unknown recipe"),
+        (["report", "nowhere"], "no study"),
+        (["train", "nowhere"], "unknown preset"),
+        (["train", "nowhere", "--arch", "abc"], "no study"),
+        (["train", "lowformer_b0", "--epochs", "0"], "--epochs"),
+        (["train", "lowformer_b0", "--device", "tpu"], "cannot train"),
+        (["train", "lowformer_b0", "--device", "cuda"], "no CUDA device"),
+        (["train", "lowformer_b0", "--recipe", "imagenet"], "unknown recipe"),
+        (["train", "lowformer_b0", "--data", "folder:nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_one_line_with_exit_code_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert says in complaint(arguments, capsys)
+    said = complaint(arguments, capsys)
+    assert says in said, said
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"resolution_px": 224}', '{"resolution_px": 224, "stem": 3, "stages": []}', "\x00"])
@@ -124,3 +161,79 @@ def test_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m lowsearch space lowformer | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+TABLE = Path("latency_tables") / "rtx3090" / "eager-fp32-b1-t1.jsonl"
+DAMAGED_TABLES = [
+    "", "{", "[]", "null", '{"schema": "other"}', '{"schema": "lowsearch-latency-table", "version": 99}', "\x00\x01", '{"a": 1}\n{"b"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED_TABLES)
+def test_damaged_tables_are_refused_and_left_alone(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    TABLE.parent.mkdir(parents=True)
+    TABLE.write_text(text)
+    assert TABLE.name in complaint(["run", "--device", "rtx3090", "--runtime", "eager"], capsys)
+    assert TABLE.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "schema: other", "{", "schema: lowsearch-study\nversion: 99"])
+def test_damaged_studies_are_refused_and_left_alone(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("studies") / "mine" / "study.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert "study.yaml" in complaint(["run", "--study", "mine"], capsys)
+    assert path.read_text() == text
+
+
+def _images(path: Path, n: int = 8, px: int = 32) -> None:
+    from PIL import Image
+
+    for i in range(n):
+        path.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (px, px), (i * 20, 0, 0)).save(path / f"{i}.png")
+
+
+def _empty() -> None:
+    Path("data").mkdir()
+
+
+def _one_class() -> None:
+    _images(Path("data/cat"))
+
+
+def _empty_class() -> None:
+    _images(Path("data/cat"))
+    Path("data/dog").mkdir()
+
+
+def _broken_image() -> None:
+    _images(Path("data/cat"))
+    _images(Path("data/dog"))
+    Path("data/dog/0.png").write_bytes(b"no image")
+
+
+def _file_instead() -> None:
+    Path("data").write_text("no folder")
+
+
+@pytest.mark.parametrize("make", [_empty, _one_class, _empty_class, _broken_image, _file_instead])
+def test_malformed_data_folders_are_refused(make: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
+    make()
+    assert "data" in complaint(["train", "lowformer_b0", "--data", "folder:data"], capsys)
+    assert not Path("trained").exists()
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {},
+        {"x_train": np.zeros((4, 8, 8, 3), np.uint8)},
+        {"x_train": np.zeros((4, 8, 8, 3)), "y_train": np.zeros(4, int), "x_test": np.zeros((4, 8, 8, 3)), "y_test": np.zeros(4, int)},
+        {"x_train": np.zeros(4, np.uint8), "y_train": np.zeros(4, int), "x_test": np.zeros(4, np.uint8), "y_test": np.zeros(4, int)},
+        {"x_train": np.array([{}], dtype=object), "y_train": np.zeros(1, int)},
+    ],
+)
+def test_malformed_npz_files_are_refused(arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("data.npz", **arrays)  # type: ignore[arg-type]
+    assert "data.npz" in complaint(["train", "lowformer_b0", "--data", "npz:data.npz"], capsys)
