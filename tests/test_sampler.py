@@ -86,6 +86,31 @@ def test_other_objectives_beat_as_many_random_networks(objectives):
     assert len(np.unique(genomes, axis=0)) == 10
 
 
+def test_the_shortlist_is_judged_by_the_exact_form_of_the_model():
+    class Coarse:
+        """Knows nothing of single networks, its exact form everything."""
+
+        def __init__(self):
+            self.judged = []
+
+        def predict(self, genomes):
+            return np.full(len(genomes), 0.6), np.full(len(genomes), 0.1)
+
+        def predict_exact(self, genomes):
+            self.judged.append(genomes)
+            return FakeAccuracy().predict(genomes)
+
+    model = Coarse()
+    sampler = make_sampler(accuracy=model, evolution=Evolution(initial=512, generations=4, shortlist=50))
+    genome = sampler.propose([], number=0)
+    [shortlist] = model.judged
+    assert len(shortlist) == 50
+    mean, std = FakeAccuracy().predict(shortlist)
+    costs = sampler.objectives.costs({"accuracy": mean, "latency_ms": FakeLatency().predict(shortlist)[0]})
+    gains = pareto.expected_gain(costs, std, np.empty((0, 2)), sampler._reference)
+    assert (genome == shortlist[np.argmax(gains)]).all()
+
+
 def test_limits_hold_with_the_margin_of_the_prediction():
     limits = parse_limits(maxima=["latency_ms=0.3", "params=120000"], minima=["macs=1.5e6"])
     _, genomes = run(make_sampler(limits=limits), 12)

@@ -45,8 +45,8 @@ class Death(BaseException):
     """The process dies here."""
 
 
-def search(folder, settings, *, die=None, monkeypatch=None):
-    """The search of one worker inside this process; returns the study's candidates. `die` makes a function that may raise Death."""
+def search(folder, settings):
+    """The search of one worker inside this process; returns the study's candidates."""
     folder.mkdir(exist_ok=True)
     parts = fakes.make_parts(folder, settings)
     plan = studies._opened(folder, settings, parts)
@@ -215,19 +215,21 @@ def uninterrupted(tmp_path_factory):
     return {sampler: essence(search(folder / sampler, StudySettings(sampler=sampler, **SHORT))) for sampler in SAMPLERS}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+DEATHS = {
+    "while training": (fakes.FakeTraining, "run", 2, False),  # in the family
+    "after recording": (fakes.FakeTraining, "run", 20, True),  # a proposal's rung is recorded, Optuna does not know
+    "between genes": (optuna.trial.Trial, "suggest_int", 52 * 7 + 20, True),
+    "before asking": (optuna.study.Study, "ask", 8, False),
+    "between attributes": (optuna.trial.Trial, "set_user_attr", 25, True),
+}
+
+
 @pytest.mark.parametrize(
-    ("owner", "name", "at", "after"),
-    [
-        (fakes.FakeTraining, "run", 2, False),  # in the family
-        (fakes.FakeTraining, "run", 20, True),  # a proposal's rung is recorded, Optuna does not know
-        (optuna.trial.Trial, "suggest_int", 52 * 7 + 20, True),  # between two genes of a proposal
-        (optuna.study.Study, "ask", 8, False),
-        (optuna.trial.Trial, "set_user_attr", 25, True),
-    ],
-    ids=["while training", "after recording", "between genes", "before asking", "between attributes"],
+    ("sampler", "death"),
+    [("lowsearch", death) for death in DEATHS] + [(s, d) for s in SAMPLERS[1:] for d in ("after recording", "between genes")],
 )
-def test_a_study_that_died_proposes_and_scores_as_if_it_had_not(tmp_path, monkeypatch, uninterrupted, sampler, owner, name, at, after):
+def test_a_study_that_died_proposes_and_scores_as_if_it_had_not(tmp_path, monkeypatch, uninterrupted, sampler, death):
+    owner, name, at, after = DEATHS[death]
     settings = StudySettings(sampler=sampler, **SHORT)
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, Interrupting(getattr(owner, name), at, after=after))
@@ -330,7 +332,7 @@ def test_running_a_finished_study_again_changes_nothing(finished):
     assert again.front == result.front
 
 
-@pytest.mark.parametrize("n_records_at_kill", [4, 21])
+@pytest.mark.parametrize("n_records_at_kill", [pytest.param(4, marks=pytest.mark.slow), 21])
 def test_kill_9_loses_nothing_and_the_same_command_proposes_the_same(tmp_path, n_records_at_kill):
     settings = {"trials": 3, "workers": 1}
     whole = essence(search(tmp_path / "whole", StudySettings(**settings)))
@@ -403,7 +405,7 @@ def test_a_spent_budget_ends_the_search_and_is_not_spent_again(tmp_path):
 
 def test_a_proxy_trains_nothing_and_is_never_called_accuracy(tmp_path):
     folder = tmp_path / "study"
-    result = run(StudySettings(accuracy="macs", trials=8, workers=1), folder, backend=fakes.backend())
+    result = run(StudySettings(accuracy="macs", trials=4, workers=1), folder, backend=fakes.backend())
     assert not (folder / "records.jsonl").exists()
     assert not list(folder.glob("models/*/*.safetensors"))
     for name in ("candidates.csv", "finalists.csv"):
@@ -416,7 +418,7 @@ def test_a_proxy_trains_nothing_and_is_never_called_accuracy(tmp_path):
 
 def test_on_a_device_that_is_not_attached_every_latency_comes_from_its_table(tmp_path):
     folder = tmp_path / "study"
-    run(StudySettings(device="elsewhere", accuracy="params", trials=4, workers=1), folder, backend=fakes.backend())
+    run(StudySettings(device="elsewhere", accuracy="params", trials=2, workers=1), folder, backend=fakes.backend())
     sources = {row["latency_source"] for name in ("candidates", "finalists", "space_sample") for row in rows(folder / f"{name}.csv")}
     assert sources == {"table"}
 
