@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from lowsearch.latency.measure import (
     Effort,
     Request,
     Timing,
+    disputed,
     latency_ms,
     launch_worker,
     measure_networks,
@@ -84,13 +86,36 @@ def test_steps_keep_every_item_and_bound_memory() -> None:
     big = Arch(
         resolution_px=224, stem=Stem(width=32), stages=(Stage(width=64), Stage(width=128), Stage(width=256), Stage(width=512, depth=7))
     )
-    items: list[Block | Arch] = [big, *[BLOCK] * 60, big, network(8), big, big]
-    made = steps(items)
-    assert [item for step in made for item in step] == items
+    bigs = [dataclasses.replace(big, num_classes=n) for n in range(900, 905)]
+    items: list[Block | Arch] = [*bigs, *[Mlp(channels=c, resolution_px=4, ratio=2) for c in range(1, 61)], network(8)]
+    made = steps(items, rng=np.random.default_rng(0))
+    assert sorted(map(repr, (item for step in made for item in step))) == sorted(map(repr, items))
     for step in made:
         held = sum(4 * cost.count(item).params for item in step if isinstance(item, Arch))
         assert held <= BYTES_PER_STEP or len(step) == 1
+        assert len({isinstance(item, Arch) for item in step}) == 1
         assert sum(not isinstance(item, Arch) for item in step) <= measure.BLOCKS_PER_STEP
+    assert steps([], rng=np.random.default_rng(0)) == ()
+
+
+@given(st.integers(1, 300), st.integers(0, 9))
+def test_every_step_has_its_share_of_every_size(n: int, seed: int) -> None:
+    """A block's neighbours decide how warm it runs: a step of small blocks only would make them fast."""
+    made = steps([Mlp(channels=c, resolution_px=4, ratio=2) for c in range(1, n + 1)], rng=np.random.default_rng(seed))
+    counts = [len(step) for step in made]
+    assert max(counts) - min(counts) <= 1
+    if min(counts) >= 10:
+        sizes = [np.mean([item.channels for item in step if isinstance(item, Mlp)]) for step in made]
+        assert max(sizes) < 1.2 * min(sizes)
+
+
+@pytest.mark.parametrize(
+    ("hot", "warm", "expected"),
+    [((1.0, 1.05), (2.0, 2.1), False), ((1.0, 1.2), (2.0, 2.0), True), ((1.0, 1.0), (2.4, 2.0), True), ((1.0,), (2.0,), False)],
+)
+def test_processes_that_disagree_are_noticed(hot: tuple[float, ...], warm: tuple[float, ...], expected: bool) -> None:
+    timings = [Timing(item=BLOCK, process=p, hot_ms=(h,), warm_ms=(w,)) for p, (h, w) in enumerate(zip(hot, warm, strict=True))]
+    assert disputed(timings) == expected
 
 
 def test_networks_come_back_in_their_order_and_equal_ones_are_measured_once() -> None:

@@ -15,7 +15,7 @@ from lowsearch.arch import Arch, Block, Mlp
 from lowsearch.errors import TableError
 from lowsearch.latency.block_model import BlockModel
 from lowsearch.latency.measure import NetworkLatency
-from lowsearch.latency.predictor import Correction, LatencyPredictor, _elements
+from lowsearch.latency.predictor import _DRIFT_STD, Correction, LatencyPredictor, _elements
 from lowsearch.latency.profile import choose_blocks, choose_networks
 from lowsearch.latency.table import BlockLatency, LatencyTable
 from lowsearch.latency.target import Device, Target, context
@@ -74,7 +74,7 @@ def partial_predictor() -> LatencyPredictor:
 
 def test_a_planted_correction_is_recovered(predictor: LatencyPredictor) -> None:
     found = dataclasses.asdict(predictor.correction)
-    for name, planted in dataclasses.asdict(TRUTH).items():
+    for name, planted in dataclasses.asdict(dataclasses.replace(TRUTH, relative_std=_DRIFT_STD)).items():
         assert found[name] == pytest.approx(planted, rel=1e-3, abs=1e-6), name
 
 
@@ -83,7 +83,7 @@ def test_networks_it_never_saw_are_exact_without_noise(predictor: LatencyPredict
     mean_ms, std_ms = predictor.predict(genomes)
     assert mean_ms.shape == std_ms.shape == (100,)
     assert mean_ms == pytest.approx(truth_ms, rel=1e-4)
-    assert (std_ms <= 1e-4 * mean_ms).all()
+    assert (std_ms <= 1.001 * _DRIFT_STD * mean_ms).all()  # nothing but the drift of the machine between sessions
 
 
 def test_genomes_networks_and_explanations_agree(partial_predictor: LatencyPredictor) -> None:
@@ -112,7 +112,7 @@ def test_what_was_not_measured_says_so_and_is_less_certain(predictor: LatencyPre
     genomes, _, truth_ms = held_out(200)
     mean_ms, std_ms = partial_predictor.predict(genomes)
     exact_std_ms = predictor.predict(genomes)[1]
-    assert (std_ms >= exact_std_ms).all() and std_ms.mean() > 2 * exact_std_ms.mean()
+    assert (std_ms >= exact_std_ms).all() and std_ms.mean() > 1.02 * exact_std_ms.mean()
     assert np.mean(np.abs(mean_ms / truth_ms - 1)) < 0.03
     assert np.mean(np.abs(mean_ms - truth_ms) <= 2 * std_ms) > 0.9
 
@@ -125,7 +125,8 @@ def test_the_stated_spread_is_the_real_one(noise: float) -> None:
     for seed in range(12):
         table = made_table(noise=noise, seed=seed)
         mean_ms, std_ms = LatencyPredictor(SPACE, table).predict(genomes)
-        seen_ms = truth_ms * np.exp(noise * np.random.default_rng(1000 + seed).normal(size=100))
+        rng = np.random.default_rng(1000 + seed)
+        seen_ms = truth_ms * np.exp(noise * rng.normal(size=100) + _DRIFT_STD * rng.normal(size=100))
         z = np.abs(seen_ms - mean_ms) / std_ms
         within.append((float(np.mean(z < 1)), float(np.mean(z < 2))))
     one, two = np.mean(within, axis=0)

@@ -216,6 +216,33 @@ def test_killed_after_any_measurement_it_resumes_without_measuring_twice(tmp_pat
 
 
 @pytest.mark.usefixtures("one_by_one")
+def test_where_two_processes_disagree_a_third_decides(tmp_path: Path) -> None:
+    """Also when the profile was killed in between."""
+    loud = set(SPACE.blocks[::3])
+
+    def disagreeing(n: int, seen: list[Timing]) -> Callable[[Request], Iterator[Timing]]:
+        def launch(request: Request) -> Iterator[Timing]:
+            for timing in killed_after(n, seen)(request):
+                factor = 2.0 if timing.process == 1 and timing.item in loud else 1.0
+                yield dataclasses.replace(timing, warm_ms=tuple(factor * ms for ms in timing.warm_ms))
+
+        return launch
+
+    total = 2 * (len(SPACE.blocks) + 4) + len(loud)
+    for n in (total - 3, 2 * len(SPACE.blocks) + 2, 3):
+        folder = tmp_path / str(n)
+        before: list[Timing] = []
+        after: list[Timing] = []
+        with pytest.raises(Killed):
+            quick(folder, launch=disagreeing(n, before))
+        table = quick(folder, launch=disagreeing(10**9, after))
+        assert len(before) + len(after) == total
+        for block, row in table.entries.items():
+            assert len(row.warm_samples_ms) == (3 if block in loud else 2)
+            assert row.warm_ms == pytest.approx(2 * block_ms(block), abs=2e-5)
+
+
+@pytest.mark.usefixtures("one_by_one")
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         quick(tmp_path, launch=killed_after(3, []))
@@ -331,7 +358,7 @@ def test_a_real_profile_of_this_cpu(tmp_path: Path) -> None:
     profile(SPACE, target, folder=tmp_path, n_calibration=4, effort=QUICK, network_effort=once)
     table = find_table(target, folders=[tmp_path])
     assert set(table.entries) == set(SPACE.blocks) and table.context.device_name == cpu.name
-    assert all(len(row.hot_samples_ms) == 2 and len(row.hot_samples_ms[0]) == 2 for row in table.entries.values())
+    assert all(len(row.hot_samples_ms) in (2, 3) and len(row.hot_samples_ms[0]) == 2 for row in table.entries.values())
     assert all(len(row.samples_ms) == 1 and len(row.samples_ms[0]) == 2 for row in table.calibration["tiny"])
     mean_ms, std_ms = LatencyPredictor(SPACE, table).predict(SPACE.sample(5, rng=np.random.default_rng(0)))
     assert (mean_ms > 0).all() and (std_ms > 0).all()
@@ -423,4 +450,4 @@ def test_a_whole_profile_of_a_cuda_device(tmp_path: Path, monkeypatch: pytest.Mo
     measured = table.calibration["tiny"]
     mean_ms, std_ms = predictor.predict_archs([row.arch for row in measured])
     assert mean_ms == pytest.approx([row.latency_ms for row in measured], rel=1e-3)
-    assert (std_ms < 0.01 * mean_ms).all()
+    assert (std_ms < 0.03 * mean_ms).all()

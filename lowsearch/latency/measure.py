@@ -32,6 +32,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
 
 BLOCKS_PER_STEP = 24
+DISPUTE = 0.1
 BYTES_PER_STEP = 400 << 20
 """Weights of the networks that are interleaved with each other; a runtime may hold them three times over."""
 
@@ -153,18 +154,36 @@ def item_from_dict(values: Mapping[str, Any]) -> Item:
     return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])
 
 
-def steps(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
-    """`items` in groups small enough to be held in memory side by side."""
-    groups: list[list[Item]] = []
+def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Item, ...], ...]:
+    """`items` in random groups that are interleaved with each other, small enough to be held in memory side by side.
+
+    How warm a block runs depends on the blocks it takes turns with, so each group of blocks gets its share of every size.
+    """
+    blocks = [item for item in items if not isinstance(item, Arch)]
+    sizes = np.array([_size_bytes(block) for block in blocks])
+    n_groups = max(-(-len(blocks) // BLOCKS_PER_STEP), int(sizes.sum() // BYTES_PER_STEP) + 1) if blocks else 0
+    groups: list[list[Item]] = [[] for _ in range(n_groups)]
+    by_size = np.lexsort((rng.random(len(blocks)), sizes))
+    for start in range(0, len(blocks), max(1, n_groups)):
+        alike = by_size[start : start + n_groups]
+        for group, index in zip(rng.permutation(n_groups)[: len(alike)], alike, strict=True):
+            groups[group].append(blocks[index])
+    archs = [item for item in items if isinstance(item, Arch)]
     held = 0
-    for item in items:
-        size = 4 * cost.count(item).params if isinstance(item, Arch) else BYTES_PER_STEP // BLOCKS_PER_STEP
-        if not groups or held + size > BYTES_PER_STEP:
+    for arch in (archs[i] for i in rng.permutation(len(archs))):
+        size = _size_bytes(arch)
+        if not held or held + size > BYTES_PER_STEP:
             groups.append([])
             held = 0
-        groups[-1].append(item)
+        groups[-1].append(arch)
         held += size
     return tuple(tuple(group) for group in groups)
+
+
+def _size_bytes(item: Item) -> int:
+    """Weights and activations in fp32."""
+    counted = cost.count(item) if isinstance(item, Arch) else cost.of_block(item)
+    return 4 * (counted.params + counted.activations)
 
 
 def measure_networks(
@@ -186,11 +205,10 @@ def measure_networks(
     device = require_attached(target, devices=devices)
     effort = effort or Effort(processes=processes, rounds=rounds, round_ms=40.0, max_samples=60)
     unique = list(dict.fromkeys(archs))
-    rng = np.random.default_rng(seed)
     requests = []
     for process in range(effort.processes):
-        order: list[Item] = [unique[i] for i in rng.permutation(len(unique))]
-        requests.append(Request(target=target, process=process, seed=seed + process, effort=effort, steps=steps(order)))
+        groups = steps(unique, rng=np.random.default_rng((seed, process)))
+        requests.append(Request(target=target, process=process, seed=seed + process, effort=effort, steps=groups))
     timings: dict[Arch, list[Timing]] = {arch: [] for arch in unique}
     total = len(unique) * effort.processes
     for done, timing in enumerate(run_requests(requests, device, launch=launch), start=1):
@@ -200,6 +218,15 @@ def measure_networks(
             progress(done, total, f"network {timing.item.arch_id}")
     by_arch = {arch: network_latency(arch, found) for arch, found in timings.items()}
     return [by_arch[arch] for arch in archs]
+
+
+def disputed(timings: Sequence[Timing]) -> bool:
+    """Whether the processes disagree about an item by more than `DISPUTE`; a further one then decides."""
+    for state in ("hot_ms", "warm_ms"):
+        found = [latency_ms([getattr(timing, state)]) for timing in timings if getattr(timing, state)]
+        if found and max(found) > (1 + DISPUTE) * min(found):
+            return True
+    return False
 
 
 def network_latency(arch: Arch, timings: Sequence[Timing]) -> NetworkLatency:

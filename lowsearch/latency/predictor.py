@@ -37,6 +37,8 @@ _OUTLYING = 3.0
 _USUAL_SHARES = np.array([0.25, 0.5, 0.25])
 """Hot, warm and cold weight where the networks do not say otherwise, and how far they usually are from it."""
 _SHARE_STD = 0.2
+_DRIFT_STD = 0.02
+"""All networks of a table were measured within minutes. From one hour to the next the clock of a shared machine drifts by 2 to 4 %."""
 _REPEATS_VARIANCE = 2.0
 """A predicted block often stands several times in a network, and errs there in the same direction."""
 
@@ -153,7 +155,7 @@ class LatencyPredictor:
         ]
         outlying = _OUTLYING * _deviation(left_out)  # One disturbed measurement is not the spread of all the others.
         total = float(np.mean(np.clip(left_out, -outlying, outlying) ** 2))
-        spread = max(total - float(np.mean(explained)), 0.25 * total)
+        spread = max(total - float(np.mean(explained)), 0.25 * total) + _DRIFT_STD**2
         return Correction(
             hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=float(np.sqrt(spread))
         )

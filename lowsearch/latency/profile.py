@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lowsearch.latency.measure import (
     Progress,
     Request,
     Timing,
+    disputed,
     network_latency,
     run_requests,
     steps,
@@ -41,7 +42,7 @@ from lowsearch.space import SearchSpace
 log = logging.getLogger(__name__)
 
 PARTIAL_SCHEMA = "lowsearch-latency-partial"
-MAX_BLOCKS = 600
+MAX_BLOCKS = 1000
 NETWORK_EFFORT = Effort(round_ms=40.0, max_samples=60)
 
 
@@ -71,30 +72,17 @@ def profile(
     folder = locations.new("latency_tables") if folder is None else folder
     path = folder / target.table_path
     path.parent.mkdir(parents=True, exist_ok=True)
-    efforts = {"blocks": effort or Effort(), "networks": network_effort or NETWORK_EFFORT}
     with _locked(path):
         table = _empty(target, here) if fresh else _table_to_extend(target, here, folder)
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = {row.arch for row in table.calibration.get(space.name, ())}
         archs = [arch for arch in choose_networks(space, n_calibration, seed=seed) if arch not in known]
-        partial = _Partial(path, target, here)
-        label = f"{space.name} on {target}"
-        found: dict[Item, dict[int, Timing]] = {item: {} for item in (*blocks, *archs)}
-        for timing in partial.timings:
-            if timing.item in found:
-                found[timing.item][timing.process] = timing
-        total = sum((efforts["networks"] if isinstance(item, Arch) else efforts["blocks"]).processes for item in found)
-        done = sum(map(len, found.values()))
-        _report(progress, done, total, label)
-        with partial:
-            for items, chosen in ((blocks, efforts["blocks"]), (archs, efforts["networks"])):
-                requests = _requests(items, found, target, chosen, seed=seed)
-                for timing in run_requests(requests, device, launch=launch):
-                    partial.append(timing)
-                    found[timing.item][timing.process] = timing
-                    done += 1
-                    _report(progress, done, total, label)
-        table = _extended(table, space, here, blocks, archs, found)
+        work: list[tuple[Effort, Sequence[Item]]] = [(effort or Effort(), blocks), (network_effort or NETWORK_EFFORT, archs)]
+        with _Partial(path, target, here) as partial:
+            session = _Session(partial, work, label=f"{space.name} on {target}", progress=progress)
+            for chosen, items in work:
+                session.measure(items, chosen, device=device, seed=seed, launch=launch)
+        table = _extended(table, space, here, blocks, archs, session.found)
         table.save(folder)
         partial.path.unlink()
     return table
@@ -183,20 +171,6 @@ def _spread(features: np.ndarray, rng: np.random.Generator) -> list[int]:
     return chosen
 
 
-def _requests(
-    items: Sequence[Item], found: dict[Item, dict[int, Timing]], target: Target, effort: Effort, *, seed: int
-) -> list[Request]:  # fmt: skip
-    """What is left to measure, a request for every process; each goes through the items in an order of its own."""
-    requests = []
-    for process in range(effort.processes):
-        missing = [item for item in items if process not in found[item]]
-        order = np.random.default_rng((seed, process)).permutation(len(missing))
-        if missing:
-            groups = steps([missing[i] for i in order])
-            requests.append(Request(target=target, process=process, seed=seed + process, effort=effort, steps=groups))
-    return requests
-
-
 def _table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
     """The existing table of this machine and these versions, or an empty one."""
     folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
@@ -220,16 +194,11 @@ def _extended(
     here: Context,
     blocks: Sequence[Block],
     archs: Sequence[Arch],
-    found: dict[Item, dict[int, Timing]],
+    found: Mapping[Item, Mapping[int, Timing]],
 ) -> LatencyTable:
     entries = {**table.entries, **{block: block_latency(list(found[block].values())) for block in blocks}}
     networks = (*table.calibration.get(space.name, ()), *(network_latency(arch, list(found[arch].values())) for arch in archs))
     return dataclasses.replace(table, context=here, entries=entries, calibration={**table.calibration, space.name: networks})
-
-
-def _report(progress: Progress | None, done: int, total: int, label: str) -> None:
-    if progress is not None:
-        progress(done, total, label)
 
 
 @contextlib.contextmanager
@@ -246,12 +215,56 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+class _Session:
+    """One profile under way: what has been measured of every item, by process, and what is still to do."""
+
+    def __init__(self, partial: _Partial, work: Sequence[tuple[Effort, Sequence[Item]]], *, label: str, progress: Progress | None) -> None:
+        self._partial = partial
+        self._label = label
+        self._progress = progress
+        self.found: dict[Item, dict[int, Timing]] = {item: {} for _, items in work for item in items}
+        for timing in partial.timings:
+            if timing.item in self.found:
+                self.found[timing.item][timing.process] = timing
+        self._total = sum(effort.processes * len(items) for effort, items in work)
+        self._done = sum(map(len, self.found.values()))
+        self._report()
+
+    def measure(self, items: Sequence[Item], effort: Effort, *, device: Device, seed: int, launch: Launcher | None) -> None:
+        """Time every item in as many processes as `effort` says, and in one more where these disagree."""
+        self._run(items, range(effort.processes), effort, device=device, seed=seed, launch=launch)
+        unclear = [item for item in items if disputed(list(self.found[item].values()))]
+        self._total += sum(effort.processes not in self.found[item] for item in unclear)
+        self._run(unclear, [effort.processes], effort, device=device, seed=seed, launch=launch)
+
+    def _run(
+        self, items: Sequence[Item], processes: Iterable[int], effort: Effort, *, device: Device, seed: int, launch: Launcher | None
+    ) -> None:
+        """Run what is missing, a request for every process; each goes through the items in groups of its own."""
+        requests = []
+        for process in processes:
+            missing = [item for item in items if process not in self.found[item]]
+            if missing:
+                groups = steps(missing, rng=np.random.default_rng((seed, process)))
+                requests.append(Request(target=self._partial.target, process=process, seed=seed + process, effort=effort, steps=groups))
+        for timing in run_requests(requests, device, launch=launch):
+            self._partial.append(timing)
+            self.found[timing.item][timing.process] = timing
+            self._done += 1
+            self._report()
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done, max(self._total, self._done), self._label)
+
+
 class _Partial:
     """The timings of an unfinished profile, a JSON line each, appended as they come. A torn last line is cut off; a file of another
     machine or other versions is started anew."""
 
     def __init__(self, table_path: Path, target: Target, here: Context) -> None:
         self.path = table_path.with_suffix(".partial.jsonl")
+        self.target = target
         header = {"schema": PARTIAL_SCHEMA, "version": VERSION, "target": dataclasses.asdict(target), "fingerprint": here.fingerprint}
         lines = self._whole_lines()
         if lines and self._parse(lines[0], 1) != header:

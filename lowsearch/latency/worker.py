@@ -24,6 +24,8 @@ from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer
 from lowsearch.model.blocks import LowtentionModule, build_block, randomise
 from lowsearch.model.lowformer import build_model
 
+MIN_COMPANY = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:
@@ -76,6 +78,9 @@ def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: n
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
     prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
     blocks = [one for one in prepared if not isinstance(one.item, Arch)]
+    # A few blocks alone would stay warmer than in a network: copies of them, timed for nobody, take turns with them.
+    n_company = max(0, MIN_COMPANY - len(blocks)) if blocks else 0
+    company = [_prepare(blocks[i % len(blocks)].item, request.target, bench, seed=request.seed + i) for i in range(n_company)]
     bench.timer.settle(prepared[0].program.run)
     for _ in range(request.effort.rounds):
         for index in rng.permutation(len(prepared)):
@@ -83,7 +88,7 @@ def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: n
         for index in rng.permutation(len(blocks)):
             _time_cold(blocks[index], bench.timer, request.effort)
         if blocks:
-            _time_warm(blocks, bench.timer, request.effort, rng=rng)
+            _time_warm(blocks, company, bench.timer, request.effort, rng=rng)
     load = load_average()
     for one in prepared:
         yield Timing(
@@ -150,14 +155,18 @@ def _time_cold(one: _Prepared, timer: Timer, effort: Effort) -> None:
     one.cold_ms.append(_quartile(samples))
 
 
-def _time_warm(blocks: Sequence[_Prepared], timer: Timer, effort: Effort, *, rng: np.random.Generator) -> None:
+def _time_warm(
+    blocks: Sequence[_Prepared], company: Sequence[_Prepared], timer: Timer, effort: Effort, *, rng: np.random.Generator
+) -> None:
     """One round of calls in turn, each turn in an order of its own: between two calls of a block run all the others, as in a network."""
-    n_turns = int(np.clip(effort.turns_ms / sum(one.once_ms for one in blocks), effort.min_turns, effort.max_turns))
-    samples = np.empty((len(blocks), n_turns))
+    everyone = [*blocks, *company]
+    turn_ms = sum(one.once_ms for one in blocks) * len(everyone) / len(blocks)
+    n_turns = int(np.clip(effort.turns_ms / turn_ms, effort.min_turns, effort.max_turns))
+    samples = np.empty((len(everyone), n_turns))
     for turn in range(n_turns):
-        for index in rng.permutation(len(blocks)):
-            samples[index, turn] = timer.time(blocks[index].program.run, repeats=1).ms
-    for one, row in zip(blocks, samples, strict=True):
+        for index in rng.permutation(len(everyone)):
+            samples[index, turn] = timer.time(everyone[index].program.run, repeats=1).ms
+    for one, row in zip(blocks, samples, strict=False):
         one.warm_ms.append(_quartile(row))
 
 
