@@ -104,10 +104,10 @@ def test_chosen_blocks_reach_the_edges_of_the_space() -> None:
 def test_calibration_networks_cover_the_sizes() -> None:
     archs = choose_networks(MICRO, 20, seed=0)
     assert len(set(archs)) == 20 and all(map(MICRO.contains, archs))
-    macs = sorted(cost.count(arch).macs for arch in archs)
+    macs = np.array([cost.count(arch).macs for arch in archs])
     sample = np.array([cost.count(MICRO.decode(g)).macs for g in MICRO.sample(400, rng=np.random.default_rng(9))])
-    shares = [float(np.mean(sample < m)) for m in macs]
-    assert np.abs(np.array(shares) - (np.arange(20) + 0.5) / 20).max() < 0.12
+    assert (np.histogram(macs, np.quantile(sample, [0, 0.25, 0.5, 0.75, 1]))[0] >= 2).all(), "every size of random networks"
+    assert (macs < sample.min()).sum() >= 3, "and the fast end, where a search goes and no random network lies"
     assert choose_networks(MICRO, 20, seed=0) == archs != choose_networks(MICRO, 20, seed=1)
 
 

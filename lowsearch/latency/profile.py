@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from lowsearch.latency.measure import (
     run_requests,
     steps,
 )
+from lowsearch.latency.pace import step_paces
 from lowsearch.latency.table import VERSION, LatencyTable, block_latency, check_fits, find_table
 from lowsearch.latency.target import Context, Device, Target, attached_devices, context, require_attached
 from lowsearch.space import SearchSpace
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 PARTIAL_SCHEMA = "lowsearch-latency-partial"
 MAX_BLOCKS = 1000
 NETWORK_EFFORT = Effort(round_ms=40.0, max_samples=60)
+_DESCENT_STEPS = 60
 
 
 def profile(
@@ -140,11 +142,36 @@ def choose_blocks(space: SearchSpace, max_blocks: int, *, seed: int) -> list[Blo
 
 
 def choose_networks(space: SearchSpace, n: int, *, seed: int) -> list[Arch]:
-    """`n` random networks of `space`, spread evenly over the quantiles of log MACs: of every n-th part of the sizes, one."""
+    """`n` networks of `space` to calibrate on: half of them random, one from every quantile of their MACs; the others spread evenly in
+    log MACs from the smallest networks of the space up to the median.
+
+    A search goes to the fast end, where hardly any random network lies and where the overhead of a call weighs most.
+    """
     rng = np.random.default_rng(seed)
-    pool = [space.decode(genome) for genome in np.unique(space.sample(max(400, 20 * n), rng=rng), axis=0)]
-    pool.sort(key=lambda arch: (cost.count(arch).macs, arch.arch_id))
-    return [pool[rng.choice(part)] for part in np.array_split(np.arange(len(pool)), n) if len(part)]
+    macs = space.block_sums(np.array([[cost.of_block(block).macs] for block in space.blocks], dtype=float))
+    pool = np.unique(space.sample(max(400, 20 * n), rng=rng), axis=0)
+    pool = pool[np.argsort(macs(pool)[:, 0], kind="stable")]
+    n_small = n // 2
+    chosen = [pool[rng.choice(part)] for part in np.array_split(np.arange(len(pool)), n - n_small) if len(part)]
+    descent = _descended(space, pool, lambda genomes: macs(genomes)[:, 0], rng)
+    log_macs = np.log(macs(descent)[:, 0])
+    for goal in np.linspace(log_macs.min(), np.log(np.median(macs(pool)[:, 0])), n_small + 1)[:-1] if n_small else ():
+        nearest = np.flatnonzero(np.abs(log_macs - goal) <= np.sort(np.abs(log_macs - goal))[min(9, len(log_macs) - 1)])
+        chosen.append(descent[rng.choice(nearest)])
+    return list(dict.fromkeys(space.decode(genome) for genome in chosen))
+
+
+def _descended(space: SearchSpace, genomes: np.ndarray, macs: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Every network met on the way down from `genomes` by mutations that lower the MACs, without repeats."""
+    met = [genomes]
+    current, size = genomes, macs(genomes)
+    for _ in range(_DESCENT_STEPS):
+        mutants = space.mutate(current, rng=rng)
+        smaller = macs(mutants) < size
+        current = np.where(smaller[:, None], mutants, current)
+        size = macs(current)
+        met.append(current[smaller])
+    return np.unique(np.concatenate(met), axis=0)
 
 
 def _shares(counts: dict[str, int], budget: int) -> dict[str, int]:
@@ -196,7 +223,8 @@ def _extended(
     archs: Sequence[Arch],
     found: Mapping[Item, Mapping[int, Timing]],
 ) -> LatencyTable:
-    entries = {**table.entries, **{block: block_latency(list(found[block].values())) for block in blocks}}
+    paces = step_paces([timing for block in blocks for timing in found[block].values()])
+    entries = {**table.entries, **{block: block_latency(list(found[block].values()), paces) for block in blocks}}
     networks = (*table.calibration.get(space.name, ()), *(network_latency(arch, list(found[arch].values())) for arch in archs))
     return dataclasses.replace(table, context=here, entries=entries, calibration={**table.calibration, space.name: networks})
 
