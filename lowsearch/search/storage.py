@@ -34,6 +34,7 @@ MAX_DEATHS = 2
 """A candidate whose process died this often (out of memory, say) is given up, so that it cannot stop the study."""
 
 _LOCK_TIMEOUT_S = 120
+_SQLITE_MAGIC = b"SQLite format 3\0"
 _HEARTBEAT_S = 10
 _GRACE_S = 600  # Long: a stopped laptop's trials must not be given away by the first process that wakes up.
 
