@@ -48,7 +48,7 @@ def row(hot: float = 0.01) -> BlockLatency:
         return tuple(round(ms * factor, 5) for factor in (1.0, 1.02, 1.1))
 
     timings = [Timing(item=STEM, process=p, hot_ms=rounds(hot), warm_ms=rounds(2 * hot), cold_ms=rounds(3 * hot)) for p in (0, 1)]
-    return block_latency(timings)
+    return block_latency(timings, {(0, ""): (1.0, 1.01, 1.1), (1, ""): (1.0, 1.0, 1.0)})
 
 
 def made_table(hots: list[float] | None = None) -> LatencyTable:
@@ -150,6 +150,10 @@ DAMAGES: dict[str, tuple[int, str, Damage]] = {
     "time against samples": (2, "its samples give", edited(2, lambda v: v.update(hot_ms=0.5))),
     "samples flat": (2, "expected a list of rounds", edited(2, lambda v: v.update(hot_samples_ms=[1, 2]))),
     "samples empty": (2, "expected a list of rounds", edited(2, lambda v: v.update(hot_samples_ms=[[]]))),
+    "paces no list": (2, "expected a number for every process", edited(2, lambda v: v.update(warm_paces=1))),
+    "pace zero": (2, "warm_paces is 0", edited(2, lambda v: v.update(warm_paces=[0, 1]))),
+    "paces too many": (2, "2 processes, but 3 paces", edited(2, lambda v: v.update(warm_paces=[1, 1, 1]))),
+    "pace against time": (2, "its samples give", edited(2, lambda v: v.update(warm_paces=[2, 2]))),
     "sample negative": (2, "hot_samples_ms is -2", edited(2, lambda v: v["hot_samples_ms"][0].append(-2))),
     "unknown field": (2, "unknown field 'note'", edited(2, lambda v: v.update(note="x"))),
     "field gone": (2, "missing field 'cold_ms'", edited(2, lambda v: v.pop("cold_ms"))),

@@ -31,6 +31,8 @@ Item = Block | Arch
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
 
+STATES = ("hot", "warm", "cold")
+"""The states of the caches that a block is timed in; docs/measurement.md."""
 BLOCKS_PER_STEP = 24
 DISPUTE = 0.1
 BYTES_PER_STEP = 400 << 20
@@ -104,6 +106,8 @@ class Timing:
     load_average: float | None = None
     parity: float = 0.0
     """Largest difference from torch's output, as a share of the largest output."""
+    step: str = ""
+    """Label of the step of its process that it was interleaved in."""
 
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "item"}
@@ -141,9 +145,13 @@ Launcher = Callable[[Request], Iterator[Timing]]
 _WORKER = ("-m", "lowsearch.latency.worker")
 
 
-def latency_ms(samples_ms: Sequence[Sequence[float]]) -> float:
-    """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move."""
-    return float(np.percentile(np.concatenate(samples_ms), 25))
+def latency_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
+    """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move.
+
+    `paces`: for every process, how much slower than usual the machine was (pace.py); it is divided out.
+    """
+    at_pace = [np.divide(rounds, pace) for rounds, pace in zip(samples_ms, paces or [1.0] * len(samples_ms), strict=True)]
+    return float(np.percentile(np.concatenate(at_pace), 25))
 
 
 def item_to_dict(item: Item) -> dict[str, Any]:

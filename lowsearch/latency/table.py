@@ -22,15 +22,14 @@ import numpy as np
 from lowsearch import locations
 from lowsearch.arch import BLOCK_TYPES, Arch, Block, block_from_dict, block_to_dict
 from lowsearch.errors import LowsearchError, MissingBlockError, TableError
-from lowsearch.latency.measure import NetworkLatency, Timing, latency_ms
+from lowsearch.latency.measure import STATES, NetworkLatency, Timing, latency_ms
+from lowsearch.latency.pace import StepKey, step_key
 from lowsearch.latency.target import Context, Device, Target, attached_devices
 
 SCHEMA = "lowsearch-latency-table"
 VERSION = 1
 
 Source = Literal["measured", "predicted"]
-STATES = ("hot", "warm", "cold")
-"""The states of the caches that a block is measured in; docs/measurement.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +43,10 @@ class BlockLatency:
     """A tuple for every process, in it a number for every round."""
     warm_samples_ms: tuple[tuple[float, ...], ...] = ()
     cold_samples_ms: tuple[tuple[float, ...], ...] = ()
+    hot_paces: tuple[float, ...] = ()
+    """For every process, how much slower than usual the machine was then; the samples are as measured, `hot_ms` is at the usual pace."""
+    warm_paces: tuple[float, ...] = ()
+    cold_paces: tuple[float, ...] = ()
     wall_over_cpu: float = 1.0
     source: Source = "measured"
 
@@ -144,14 +147,16 @@ def check_fits(table: LatencyTable, target: Target, here: Context) -> None:
         )
 
 
-def block_latency(timings: Sequence[Timing]) -> BlockLatency:
-    """One block's row from what the processes measured of it."""
+def block_latency(timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[float]]) -> BlockLatency:
+    """One block's row from what the processes measured of it, and the pace of their steps."""
     ordered = sorted(timings, key=lambda timing: timing.process)
-    samples = {state: tuple(getattr(timing, f"{state}_ms") for timing in ordered) for state in STATES}
-    hot, warm, cold = (round(latency_ms(samples[state]), 5) for state in STATES)
+    hot, warm, cold = (tuple(getattr(timing, f"{state}_ms") for timing in ordered) for state in STATES)
+    hot_paces, warm_paces, cold_paces = zip(*(paces[step_key(timing)] for timing in ordered), strict=True)
     return BlockLatency(
-        hot_ms=hot, warm_ms=warm, cold_ms=cold, hot_samples_ms=samples["hot"], warm_samples_ms=samples["warm"],
-        cold_samples_ms=samples["cold"], wall_over_cpu=max(timing.wall_over_cpu for timing in ordered),
+        hot_ms=round(latency_ms(hot, hot_paces), 5), warm_ms=round(latency_ms(warm, warm_paces), 5),
+        cold_ms=round(latency_ms(cold, cold_paces), 5), hot_samples_ms=hot, warm_samples_ms=warm, cold_samples_ms=cold,
+        hot_paces=hot_paces, warm_paces=warm_paces, cold_paces=cold_paces,
+        wall_over_cpu=max(timing.wall_over_cpu for timing in ordered),
     )  # fmt: skip
 
 
@@ -285,12 +290,13 @@ class _Reader:
     def _block_latency(self, values: Mapping[str, Any]) -> BlockLatency:
         times = {f"{state}_ms": self._time(f"{state}_ms", values[f"{state}_ms"]) for state in STATES}
         samples = {f"{state}_samples_ms": self._samples(f"{state}_samples_ms", values[f"{state}_samples_ms"]) for state in STATES}
+        paces = {f"{state}_paces": self._paces(f"{state}_paces", values[f"{state}_paces"]) for state in STATES}
         for state in STATES:
-            self._check_statistic(f"{state}_ms", times[f"{state}_ms"], samples[f"{state}_samples_ms"])
+            self._check_statistic(f"{state}_ms", times[f"{state}_ms"], samples[f"{state}_samples_ms"], paces[f"{state}_paces"])
         if values["source"] != "measured":
             self._fail(f"source is {values['source']!r}; a table holds only what was measured")
         wall_over_cpu = self._time("wall_over_cpu", values["wall_over_cpu"])
-        return BlockLatency(**times, **samples, wall_over_cpu=wall_over_cpu)  # type: ignore[arg-type]
+        return BlockLatency(**times, **samples, **paces, wall_over_cpu=wall_over_cpu)  # type: ignore[arg-type]
 
     def _network(self, values: Mapping[str, Any]) -> NetworkLatency:
         load = values["load_average"]
@@ -319,6 +325,13 @@ class _Reader:
             self._fail(f"{name} is {value!r}, expected a list of rounds for every process")
         return tuple(tuple(self._time(name, sample) for sample in rounds) for rounds in value)
 
-    def _check_statistic(self, name: str, stated: float, samples: tuple[tuple[float, ...], ...]) -> None:
-        if samples and abs(latency_ms(samples) - stated) > 2e-5:  # Both are rounded to 1e-5 ms.
-            self._fail(f"{name} is {stated}, but its samples give {latency_ms(samples):.5f}")
+    def _paces(self, name: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, list):
+            self._fail(f"{name} is {value!r}, expected a number for every process")
+        return tuple(self._time(name, pace) for pace in value)
+
+    def _check_statistic(self, name: str, stated: float, samples: tuple[tuple[float, ...], ...], paces: tuple[float, ...] = ()) -> None:
+        if paces and len(paces) != len(samples):
+            self._fail(f"{name}: {len(samples)} processes, but {len(paces)} paces")
+        if samples and abs(latency_ms(samples, paces) - stated) > 2e-5:  # Both are rounded to 1e-5 ms.
+            self._fail(f"{name} is {stated}, but its samples give {latency_ms(samples, paces):.5f}")

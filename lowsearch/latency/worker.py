@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -70,11 +71,12 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
     """Measure every step of `request` on `bench`."""
     check_supported(request.target, device.kind)
     rng = np.random.default_rng(request.seed)
-    for step in request.steps:
-        yield from measure_step(step, request, bench, rng=rng)
+    began = int(time.time())
+    for number, step in enumerate(request.steps):
+        yield from measure_step(step, request, bench, rng=rng, label=f"{began}.{number}")
 
 
-def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator) -> Iterator[Timing]:
+def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator, label: str = "") -> Iterator[Timing]:
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
     prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
     blocks = [one for one in prepared if not isinstance(one.item, Arch)]
@@ -94,7 +96,7 @@ def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: n
         yield Timing(
             item=one.item, process=request.process, hot_ms=tuple(one.hot_ms), warm_ms=tuple(one.warm_ms), cold_ms=tuple(one.cold_ms),
             wall_over_cpu=round(one.total_wall_ms / one.total_ms, 4) if one.total_ms else 1.0, load_average=load,
-            parity=float(f"{one.parity:.1e}"),
+            parity=float(f"{one.parity:.1e}"), step=label,
         )  # fmt: skip
 
 
