@@ -76,6 +76,10 @@ def open_study(folder: Path, objectives: Objectives, *, sampler: BaseSampler | N
 
 def _prepare_database(path: Path) -> None:
     """Check the file, and have it keep a write-ahead log. Raises sqlite3.DatabaseError."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:  # Asking SQLite would already change the file: it recovers what the log beside it holds.
+            if file.read(len(_SQLITE_MAGIC)) != _SQLITE_MAGIC:
+                raise sqlite3.DatabaseError("file is not a database")
     connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)
     try:
         found = connection.execute("PRAGMA quick_check").fetchone()
