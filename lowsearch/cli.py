@@ -180,6 +180,7 @@ def profile(
 
 @app.command()
 def run(
+    context: typer.Context,
     objective: Annotated[str, typer.Option("--objective", help="Names joined by '-': acc, latency, macs, params.")] = "acc-latency",
     device: DeviceOption = "cpu",
     runtime: RuntimeOption = "onnxruntime",
@@ -209,18 +210,28 @@ def run(
     as_json: JsonFlag = False,
 ) -> None:
     """Search: profile if needed, propose and train networks, then re-measure and train the front. The same command resumes."""
+    import dataclasses
+
     from lowsearch import locations
     from lowsearch.report.page import build_report
     from lowsearch.search.objectives import parse_limits
-    from lowsearch.search.settings import StudySettings
+    from lowsearch.search.settings import StudySettings, stored_settings
     from lowsearch.search.study import run as run_study
 
-    settings = StudySettings(
-        device=device, runtime=runtime, precision=precision, batch=batch, threads=threads, space=space, data=data, objective=objective,
-        limits=parse_limits(maxima=maximum or [], minima=minimum or []), budget_s=parse_budget(budget) if budget is not None else None,
-        trials=trials, sampler=sampler, seed=seed, workers=workers, recipe=recipe, accuracy=accuracy, final_seeds=final_seeds,
-    )  # fmt: skip
     folder = locations.new("studies") / _study_name(objective if study is None else study)
+    asked: dict[str, Any] = {
+        "device": device, "runtime": runtime, "precision": precision, "batch": batch, "threads": threads, "space": space, "data": data,
+        "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or []),
+        "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
+        "workers": workers, "recipe": recipe, "accuracy": accuracy, "final_seeds": final_seeds,
+    }  # fmt: skip
+    stored = stored_settings(folder)
+    if stored is None:
+        settings = StudySettings(**asked)
+    else:  # A study goes on as it was made; only what was typed is asked of it anew.
+        flags = {"limits": ("maximum", "minimum"), "budget_s": ("budget",)}
+        typed = {name for name in asked if any(_was_typed(context, flag) for flag in flags.get(name, (name,)))}
+        settings = dataclasses.replace(stored, **{name: asked[name] for name in typed})
     with _progress() as progress:
         result = run_study(settings, folder, progress=progress)
     page = build_report(folder)
@@ -281,6 +292,11 @@ def train(
         return
     shown = ("arch_id", "data", "recipe", "seed", "val_accuracy", "test_accuracy", "test_accuracy_std", "cpu_seconds")
     _print_table("Trained", ["what", "value"], [*([k, _plain(metrics[k])] for k in shown), ["folder", str(folder)]])
+
+
+def _was_typed(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _study_name(name: str) -> str:
@@ -368,7 +384,7 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
             f"{limit['broken']} of {limit['limited']} finalists break the latency limit, the worst by {100 * limit['worst_excess']:.1f} %"
         )
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
-    _tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} trained to the end ({spent})")
+    _tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} finalists ({spent})")
 
 
 def _costs(counted: Any) -> dict[str, int]:

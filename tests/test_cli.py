@@ -237,3 +237,14 @@ def test_malformed_data_folders_are_refused(make: Callable[[], None], capsys: py
 def test_malformed_npz_files_are_refused(arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("data.npz", **arrays)  # type: ignore[arg-type]
     assert "data.npz" in complaint(["train", "lowformer_b0", "--data", "npz:data.npz"], capsys)
+
+
+def test_a_study_goes_on_with_its_own_settings_and_only_typed_flags_are_asked_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    from lowsearch.search.settings import SCHEMA, VERSION, StudySettings
+    from lowsearch.search.study import write_study_file
+
+    made = StudySettings(device="rtx3090", runtime="eager", accuracy="macs", seed=7, trials=3)
+    Path("studies/mine").mkdir(parents=True)
+    write_study_file(Path("studies/mine"), {"schema": SCHEMA, "version": VERSION, "settings": made.to_dict()})
+    assert "rtx3090 eager" in complaint(["run", "--study", "mine"], capsys)
+    assert "seed 7, not 1" in complaint(["run", "--study", "mine", "--seed", "1"], capsys)
