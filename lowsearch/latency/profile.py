@@ -43,7 +43,7 @@ from lowsearch.space import SearchSpace
 log = logging.getLogger(__name__)
 
 PARTIAL_SCHEMA = "lowsearch-latency-partial"
-MAX_BLOCKS = 1000
+MAX_BLOCKS = 700
 NETWORK_EFFORT = Effort(round_ms=40.0, max_samples=60)
 _DESCENT_STEPS = 60
 
