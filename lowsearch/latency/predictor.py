@@ -2,9 +2,10 @@
 
 A network is the sum of its blocks, corrected for what a block alone cannot show (docs/measurement.md):
 
-    network_ms = sum over blocks of  h hot_ms + w warm_ms + c cold_ms - o - t * elements
+    network_ms = sum over blocks of  h hot_ms + w warm_ms + c cold_ms + s * weights - o - t * elements
 
-`h, w, c` place the state of the caches in a network between the three that were measured; `o` is the overhead of a call, which every
+`h, w, c` place the state of the caches in a network between the three that were measured; `s` is the cost of fetching weights that
+the network's other blocks have pushed out; `o` is the overhead of a call, which every
 measured block pays and a network pays once; `t` the cost of handing over a tensor at a block's edges, which a network mostly saves. All
 are at least 0, and fitted on the whole networks of the table, relatively and robustly. The spread they leave is the `±` of every
 prediction.
@@ -13,12 +14,13 @@ prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy.optimize import nnls
 
+from lowsearch import cost
 from lowsearch.arch import Arch, Block, Head, input_channels
 from lowsearch.errors import TableError
 from lowsearch.latency.block_model import BlockModel, Prediction
@@ -60,6 +62,8 @@ class Correction:
     hot: float
     warm: float
     cold: float
+    ms_per_weight: float
+    """Added for every parameter."""
     overhead_ms: float
     """Taken off for every block."""
     ms_per_element: float
@@ -70,6 +74,7 @@ class Correction:
     def block_ms(self, block: Block, latency: BlockLatency) -> float:
         """What `block` contributes to a network."""
         time_ms = self.hot * latency.hot_ms + self.warm * latency.warm_ms + self.cold * latency.cold_ms
+        time_ms += self.ms_per_weight * cost.of_block(block).params
         return max(time_ms - self.overhead_ms - self.ms_per_element * _elements(block), MIN_SHARE * latency.hot_ms)
 
 
@@ -146,8 +151,11 @@ class LatencyPredictor:
         weights = _fit_weights(inputs)
         kept = ~np.eye(len(archs), dtype=bool)
         left_out = np.array([inputs[i] @ _fit_weights(inputs[kept[i]]) - 1 for i in range(len(archs))])
-        hot, warm, cold, overhead_ms, ms_per_element = (float(weight) for weight in weights)
-        fitted = Correction(hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=0.0)
+        hot, warm, cold, ms_per_weight, overhead_ms, ms_per_element = (float(weight) for weight in weights)
+        fitted = Correction(
+            hot=hot, warm=warm, cold=cold, ms_per_weight=ms_per_weight, overhead_ms=overhead_ms, ms_per_element=ms_per_element,
+            relative_std=0.0,
+        )  # fmt: skip
         # Predicted blocks of the calibration networks are part of their spread already; elsewhere they count by themselves.
         explained = [
             sum(self._block_variance(b, fitted.block_ms(b, self.latency(b))) for b in arch.blocks()) / time_ms**2
@@ -156,13 +164,11 @@ class LatencyPredictor:
         outlying = _OUTLYING * _deviation(left_out)  # One disturbed measurement is not the spread of all the others.
         total = float(np.mean(np.clip(left_out, -outlying, outlying) ** 2))
         spread = max(total - float(np.mean(explained)), 0.25 * total) + _DRIFT_STD**2
-        return Correction(
-            hot=hot, warm=warm, cold=cold, overhead_ms=overhead_ms, ms_per_element=ms_per_element, relative_std=float(np.sqrt(spread))
-        )
+        return replace(fitted, relative_std=float(np.sqrt(spread)))
 
     def _inputs(self, block: Block) -> tuple[float, ...]:
         latency = self.latency(block)
-        return latency.hot_ms, latency.warm_ms, latency.cold_ms, -1.0, -float(_elements(block))
+        return latency.hot_ms, latency.warm_ms, latency.cold_ms, float(cost.of_block(block).params), -1.0, -float(_elements(block))
 
 
 def _fit_weights(inputs: np.ndarray) -> np.ndarray:
