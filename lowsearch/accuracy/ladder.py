@@ -23,7 +23,7 @@ from lowsearch.errors import UsageError
 from lowsearch.train import Recipe, train
 
 RUNGS = (0.25, 0.5, 1.0)
-"""The lowest one is fixed by benchmarks/lowest_rung.py."""
+"""Judged by benchmarks/lowest_rung.py: on fashion-mnist-mini the 25 % rung adds nothing to what the architecture tells, 50 % does."""
 
 
 class Ladder:
