@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lowsearch.errors import UsageError
 from lowsearch.train import CurvePoint, Recipe, train
 
 BRIEF = Recipe(name="brief", epochs=2, train_images=96, batch_size=24)
+THREE: dict[str, Any] = {"rungs": (0.25, 0.5, 1.0)}
 ARCH = Arch(
     resolution_px=32, stem=Stem(width=4), stages=(Stage(width=8, down_expansion=2),) * 4, head_widths=(16, 16), num_classes=10  # pyright: ignore[reportArgumentType]
 )  # fmt: skip
@@ -42,19 +44,19 @@ def losses(record: AccuracyRecord) -> list[tuple[float, float, float]]:
 
 
 def test_climbing_gives_the_record_of_training_at_once(images: ImageData, tmp_path: Path) -> None:
-    climbing = Ladder(images, BRIEF, folder=tmp_path / "a")
+    climbing = Ladder(images, BRIEF, **THREE, folder=tmp_path / "a")
     low, middle, top = (climbing.run(ARCH, rung) for rung in climbing.rungs)
     assert losses(low) == losses(top)[:1] and losses(middle) == losses(top)[:2] and len(top.curve) == 3
     assert low.cpu_seconds < middle.cpu_seconds < top.cpu_seconds
-    at_once = Ladder(images, BRIEF, folder=tmp_path / "b").run(ARCH, 1.0)
+    at_once = Ladder(images, BRIEF, **THREE, folder=tmp_path / "b").run(ARCH, 1.0)
     assert losses(at_once) == losses(top)
     direct = train(ARCH, images, BRIEF, seed=0)
     assert [p.val_loss for p in direct.curve] == [p.val_loss for p in top.curve]
 
 
 def test_recorded_rung_is_not_trained_again_not_even_by_another_process(images: ImageData, tmp_path: Path) -> None:
-    first = Ladder(images, BRIEF, folder=tmp_path).run(ARCH, 0.25)
-    later = Ladder(images, BRIEF, folder=tmp_path)
+    first = Ladder(images, BRIEF, **THREE, folder=tmp_path).run(ARCH, 0.25)
+    later = Ladder(images, BRIEF, **THREE, folder=tmp_path)
     assert later.run(ARCH, 0.25, progress=lambda done: pytest.fail("a step was trained")) == first
     assert later.reached(ARCH) == 0.25
     steps: list[float] = []
@@ -63,27 +65,27 @@ def test_recorded_rung_is_not_trained_again_not_even_by_another_process(images: 
 
 
 def test_training_killed_between_checkpoint_and_record_is_recorded_from_the_checkpoint(images: ImageData, tmp_path: Path) -> None:
-    ladder = Ladder(images, BRIEF, folder=tmp_path)
+    ladder = Ladder(images, BRIEF, **THREE, folder=tmp_path)
     train(ARCH, images, BRIEF, seed=0, until=0.5, checkpoint=ladder.checkpoint(ARCH))
     record = ladder.run(ARCH, 0.25, progress=lambda done: pytest.fail("a step was trained"))
     assert record.rung == 0.25 and [p.fraction for p in record.curve] == [0.25]
 
 
 def test_other_seed_recipe_or_data_is_another_training(images: ImageData, tmp_path: Path) -> None:
-    Ladder(images, BRIEF, folder=tmp_path).run(ARCH, 0.25)
+    Ladder(images, BRIEF, **THREE, folder=tmp_path).run(ARCH, 0.25)
     fewer = dataclasses.replace(images, val=images.val.take(np.arange(50)))
     for other in (
-        Ladder(images, BRIEF, folder=tmp_path, seed=1),
-        Ladder(images, dataclasses.replace(BRIEF, learning_rate=0.01), folder=tmp_path),
-        Ladder(fewer, BRIEF, folder=tmp_path / "other data"),
+        Ladder(images, BRIEF, **THREE, folder=tmp_path, seed=1),
+        Ladder(images, dataclasses.replace(BRIEF, learning_rate=0.01), **THREE, folder=tmp_path),
+        Ladder(fewer, BRIEF, **THREE, folder=tmp_path / "other data"),
     ):
         assert other.record(ARCH, 0.25) is None
         other.run(ARCH, 0.25)
-    assert len(Ladder(images, BRIEF, folder=tmp_path).records) == 3
+    assert len(Ladder(images, BRIEF, **THREE, folder=tmp_path).records) == 3
 
 
 def test_discarded_network_keeps_its_records_and_can_start_again(images: ImageData, tmp_path: Path) -> None:
-    ladder = Ladder(images, BRIEF, folder=tmp_path)
+    ladder = Ladder(images, BRIEF, **THREE, folder=tmp_path)
     low = ladder.run(ARCH, 0.25)
     ladder.discard(ARCH)
     assert not ladder.checkpoint(ARCH).exists() and ladder.run(ARCH, 0.25) == low
@@ -91,7 +93,7 @@ def test_discarded_network_keeps_its_records_and_can_start_again(images: ImageDa
 
 
 def test_record_says_what_made_it(images: ImageData, tmp_path: Path) -> None:
-    ladder = Ladder(images, BRIEF, folder=tmp_path, seed=3)
+    ladder = Ladder(images, BRIEF, **THREE, folder=tmp_path, seed=3)
     ladder.run(ARCH, 0.25)
     values = json.loads((tmp_path / "records.jsonl").read_text())
     assert values["recipe"] == "brief" and values["recipe_hash"] == BRIEF.recipe_hash and values["data_hash"] == images.data_hash
@@ -107,7 +109,7 @@ def test_impossible_rungs_are_refused(rungs: tuple[float, ...], images: ImageDat
 
 def test_unknown_rung_is_refused(images: ImageData, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rung is 0.3"):
-        Ladder(images, BRIEF, folder=tmp_path).run(ARCH, 0.3)
+        Ladder(images, BRIEF, **THREE, folder=tmp_path).run(ARCH, 0.3)
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from lowsearch.data import ImageData
 from lowsearch.errors import UsageError
 from lowsearch.train import Recipe, train
 
-RUNGS = (0.25, 0.5, 1.0)
-"""Judged by benchmarks/lowest_rung.py: on fashion-mnist-mini the 25 % rung adds nothing to what the architecture tells, 50 % does."""
+RUNGS = (0.5, 1.0)
+"""Fixed by benchmarks/lowest_rung.py: on fashion-mnist-mini 25 % of the schedule adds nothing to what the architecture tells, 50 % does."""
 
 
 class Ladder:
