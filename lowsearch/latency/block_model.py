@@ -149,6 +149,7 @@ class _Process:
     def __init__(self, features: np.ndarray, targets: np.ndarray) -> None:
         from sklearn.gaussian_process import GaussianProcessRegressor  # half a second to import, needed only with unmeasured blocks
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
         self._line = _Ridge(features, targets, quadratic=False)
         self._scale = _Scaling(features)
@@ -160,7 +161,8 @@ class _Process:
         matern = Matern(scales, length_scale_bounds=(0.1, 100.0), nu=1.5)
         kernel = ConstantKernel(1.0, (1e-3, 1e2)) * matern + WhiteKernel(0.1, (1e-4, 1.0))
         rows = np.random.default_rng(0).permutation(len(inputs))[:_HYPERPARAMETER_ROWS]
-        with _quiet():
+        # Matrices of 160 rows are too small for threads: they would spin longer than they work.
+        with _quiet(), threadpool_limits(1):
             learned: Any = GaussianProcessRegressor(kernel).fit(inputs[rows], residuals[rows]).kernel_
         self._kernel, self._noise = learned.k1, learned.k2.noise_level
         self._inputs = inputs
