@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowsearch import cost
+from lowsearch import cost, locations
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DeviceError, ParityError, TableError
 from lowsearch.latency.measure import Effort, Request, Timing
@@ -350,8 +350,9 @@ def test_a_search_for_an_absent_device_uses_its_table_as_it_is(tmp_path: Path, m
 QUICK = Effort(rounds=2, warmups=1, sample_ms=0.05, round_ms=0.2, turns_ms=5.0, min_turns=2, max_turns=5, cold_samples=1)
 
 
-def test_a_real_profile_of_this_cpu(tmp_path: Path) -> None:
+def test_a_real_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End to end in real processes: blocks and networks are measured, saved, loaded, and predicted from."""
+    monkeypatch.setattr(locations, "folders", lambda kind: [])  # A table that this checkout has already would be extended.
     cpu = attached_devices()[0]
     target = Target(cpu.slug, "onnxruntime")
     once = dataclasses.replace(QUICK, processes=1)

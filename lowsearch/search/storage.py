@@ -34,7 +34,6 @@ MAX_DEATHS = 2
 """A candidate whose process died this often (out of memory, say) is given up, so that it cannot stop the study."""
 
 _LOCK_TIMEOUT_S = 120
-_SQLITE_MAGIC = b"SQLite format 3\0"
 _HEARTBEAT_S = 10
 _GRACE_S = 600  # Long: a stopped laptop's trials must not be given away by the first process that wakes up.
 
@@ -76,10 +75,6 @@ def open_study(folder: Path, objectives: Objectives, *, sampler: BaseSampler | N
 
 def _prepare_database(path: Path) -> None:
     """Check the file, and have it keep a write-ahead log. Raises sqlite3.DatabaseError."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:  # Asking SQLite would already change the file: it recovers what the log beside it holds.
-            if file.read(len(_SQLITE_MAGIC)) != _SQLITE_MAGIC:
-                raise sqlite3.DatabaseError("file is not a database")
     connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)
     try:
         found = connection.execute("PRAGMA quick_check").fetchone()
