@@ -65,7 +65,7 @@ def side_by_side(runtime: str, n_blocks: int = 72) -> dict[str, Any]:
     target = resolve_target("cpu", runtime)
     blocks = choose_blocks(SearchSpace.load("lowformer"), 600, seed=0)
     chosen = [blocks[i] for i in np.random.default_rng(0).permutation(len(blocks))[:n_blocks]]
-    request = Request(target=target, process=0, seed=0, effort=Effort(), steps=steps(chosen))
+    request = Request(target=target, process=0, seed=0, effort=Effort(), steps=steps(chosen, rng=np.random.default_rng(0)))
     found: dict[str, list[dict[Any, Any]]] = {"alone": [], "beside": []}
     for _ in range(3):
         found["alone"].append({timing.item: timing for timing in launch_worker(request)})
