@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lowsearch.arch import Arch, Block, ConvBranch, Head, Mlp, Stage, Stem, StemConv
 from lowsearch.errors import MissingBlockError, TableError
+from lowsearch.files import write_atomically
 from lowsearch.latency.measure import NetworkLatency, Timing
 from lowsearch.latency.table import (
     BlockLatency,
@@ -22,7 +23,6 @@ from lowsearch.latency.table import (
     check_fits,
     find_table,
     known_tables,
-    write_atomically,
 )
 from lowsearch.latency.target import Device, Target, attached_devices, context
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ import numpy as np
 from lowsearch import locations
 from lowsearch.arch import BLOCK_TYPES, Arch, Block, block_from_dict, block_to_dict
 from lowsearch.errors import LowsearchError, MissingBlockError, TableError
+from lowsearch.files import write_atomically
 from lowsearch.latency.measure import STATES, NetworkLatency, Timing, latency_ms
 from lowsearch.latency.pace import StepKey, step_key
-from lowsearch.latency.target import Context, Device, Target, attached_devices
+from lowsearch.latency.target import Context, Target, attached_devices
 
 SCHEMA = "lowsearch-latency-table"
 VERSION = 1
@@ -158,28 +158,6 @@ def block_latency(timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[fl
         hot_paces=hot_paces, warm_paces=warm_paces, cold_paces=cold_paces,
         wall_over_cpu=max(timing.wall_over_cpu for timing in ordered),
     )  # fmt: skip
-
-
-def device_named(name: str) -> Device:
-    """The absent device `name` as its tables describe it, for those who search on its table."""
-    for target, path in known_tables().items():
-        if target.device == name:
-            return Device(slug=name, kind="absent", name=LatencyTable.load(path).context.device_name)
-    return Device(slug=name, kind="absent", name=name)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: readers see the old file or the new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _HEADER_FIELDS = ("schema", "version", "n_blocks", "n_networks", "target", "context")

@@ -156,7 +156,7 @@ class _Run:
         }  # fmt: skip
 
         model = build_model(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
-        # Channels last is 1.2 to 1.5 times as fast on a CPU; bfloat16 was not, AMX or no AMX: these layers are too small.
+        # Channels last suits a CPU's convolutions; in a pilot bfloat16 was no faster, AMX or no AMX: these layers are too small.
         self.model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
