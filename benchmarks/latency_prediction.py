@@ -5,7 +5,9 @@
 
 Needs the latency table of this machine (`lowsearch profile`). Beside ours: the raw sum of hot blocks, and straight lines in the MACs and
 in the parameters, fitted on the same calibration networks. The noise floor is the same network measured in two fresh processes, and
-says how much of an error is the measurement's. Writes benchmarks/results/latency_prediction-<space>-<runtime>.json with every network.
+says how much of an error is the measurement's. ANCHORS of the calibration networks are measured once more beside the held-out ones: a
+shared machine is faster or slower by some percent than when its table was made, and their median ratio, the pace, is divided out of what
+was measured. Errors without that are printed too. Writes benchmarks/results/latency_prediction-<space>-<runtime>.json with every network.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from scipy.stats import kendalltau, spearmanr
 
 from lowsearch import cost
 from lowsearch.arch import Arch
-from lowsearch.latency.measure import NetworkLatency, measure_networks
+from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context
 from lowsearch.latency.table import LatencyTable, check_fits, find_table
 from lowsearch.latency.target import require_attached, resolve_target
+from lowsearch.latency.timing import NetworkLatency, latency_ms
 from lowsearch.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results"
+ANCHORS = 8
 GOALS = {"lowformer": {"mape": 0.04, "within_10": 0.97, "spearman": 0.98}, "lowformer-micro": {"mape": 0.06}}
 
 
@@ -53,28 +57,36 @@ def main() -> None:
     if arguments.recompute:
         stored = json.loads(path.read_text())
         context, seconds = stored["context"], stored["measuring_s"]
-        rows = [_network(values) for values in stored["networks"]]
+        rows, anchors = ([_network(values) for values in stored[name]] for name in ("networks", "anchors"))
     else:
         archs = held_out(space, table, arguments.networks, seed=arguments.seed)
+        chosen = table.calibration[space.name][:: max(1, len(table.calibration[space.name]) // ANCHORS)][:ANCHORS]
         started = time.perf_counter()
-        rows = measure_networks(archs, target, seed=arguments.seed, progress=_print_progress)
+        measured = measure_networks([*archs, *(row.arch for row in chosen)], target, seed=arguments.seed, progress=_print_progress)
+        rows, anchors = measured[: len(archs)], measured[len(archs) :]
         context, seconds = dataclasses.asdict(here), round(time.perf_counter() - started, 1)
 
-    result = judge(space, table, rows)
+    result = judge(space, table, rows, pace=pace(table, space, anchors))
     goals = GOALS.get(space.name, {})
     met = {name: bool(_better(name, result["methods"]["ours"][name], goal)) for name, goal in goals.items()}
     print_table(space, target, result, goals, met)
-    networks = [{"arch": row.arch.to_dict(), "samples_ms": row.samples_ms, "wall_over_cpu": row.wall_over_cpu} for row in rows]
+    networks, again = (
+        [{"arch": r.arch.to_dict(), "samples_ms": r.samples_ms, "paces": r.paces, "wall_over_cpu": r.wall_over_cpu} for r in measured]
+        for measured in (rows, anchors)
+    )
     RESULTS.mkdir(exist_ok=True)
     content = {
         "command": f"python benchmarks/latency_prediction.py --space {space.name} --runtime {target.runtime} --networks {len(rows)} "
         f"--seed {arguments.seed}",
         "space": space.name, "target": dataclasses.asdict(target), "context": context, "measuring_s": seconds, "goals": goals,
-        "goals_met": met, **result, "networks": networks,
+        "goals_met": met, **result, "anchors": again, "networks": networks,
     }  # fmt: skip
-    head = json.dumps({name: value for name, value in content.items() if name != "networks"}, indent=1)[:-2]
-    lines = ",\n".join("  " + json.dumps(network) for network in networks)
-    path.write_text(f'{head},\n "networks": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    head = json.dumps({name: value for name, value in content.items() if name not in ("networks", "anchors")}, indent=1)[:-2]
+    parts = [
+        f' "{name}": [\n' + ",\n".join("  " + json.dumps(network) for network in values) + "\n ]"
+        for name, values in (("anchors", again), ("networks", networks))
+    ]
+    path.write_text(f"{head},\n{',\n'.join(parts)}\n}}\n", encoding="utf-8")
     print(f"written: {path}")
 
 
@@ -85,17 +97,26 @@ def held_out(space: SearchSpace, table: LatencyTable, n: int, *, seed: int) -> l
     return [arch for arch in archs if arch not in known][:n]
 
 
-def judge(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency]) -> dict[str, Any]:
-    """Every method's error on `rows`, and how honest our stated spread is."""
+def pace(table: LatencyTable, space: SearchSpace, anchors: Sequence[NetworkLatency]) -> float:
+    """How much slower the machine was when `anchors` were measured than when the table was."""
+    then_ms = {row.arch: row.latency_ms for row in table.calibration[space.name]}
+    return float(np.exp(np.median([np.log(row.latency_ms / then_ms[row.arch]) for row in anchors])))
+
+
+def judge(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency], *, pace: float) -> dict[str, Any]:
+    """Every method's error on `rows`, and how honest our stated spread is. Latencies as measured are divided by `pace`."""
     calibration = table.calibration[space.name]
     predictor = LatencyPredictor(space, table)
-    archs, measured_ms = [row.arch for row in rows], np.array([row.latency_ms for row in rows])
+    archs, measured_ms = [row.arch for row in rows], np.array([row.latency_ms for row in rows]) / pace
     mean_ms, std_ms = predictor.predict_archs(archs)
     raw_ms = np.array([sum(predictor.latency(block).hot_ms for block in arch.blocks()) for arch in archs])
     methods = {"ours": mean_ms, "raw sum of hot blocks": raw_ms}
     for name in ("macs", "params"):
         methods[f"{name} only"] = _line(calibration, name, archs)
-    first, second = (np.array([np.percentile(row.samples_ms[process], 25) for row in rows]) for process in (0, 1))
+    first, second = (
+        np.array([latency_ms(row.samples_ms[process : process + 1], row.paces[process : process + 1]) for row in rows])
+        for process in (0, 1)
+    )
     z = np.abs(measured_ms - mean_ms) / std_ms
     shares = [share for arch in archs for share in predictor.explain(arch)]
     total_ms = sum(share.ms for share in shares)
@@ -103,10 +124,11 @@ def judge(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency
         "n_networks": len(rows), "n_calibration": len(calibration), "n_blocks_measured": sum(b in table.entries for b in space.blocks),
         "n_blocks": len(space.blocks), "predicted_share_of_ms": sum(s.ms for s in shares if s.source == "predicted") / total_ms,
         "measured_ms": {"min": float(measured_ms.min()), "median": float(np.median(measured_ms)), "max": float(measured_ms.max())},
-        "methods": {name: _errors(values, measured_ms) for name, values in methods.items()},
+        "pace": pace, "methods": {name: _errors(values, measured_ms) for name, values in methods.items()},
+        "ours_without_pace": _errors(mean_ms, pace * measured_ms),
         "noise_floor": _errors(second, first), "wall_over_cpu": float(np.median([row.wall_over_cpu for row in rows])),
         "within_1_std": float(np.mean(z < 1)), "within_2_std": float(np.mean(z < 2)), "mean_relative_std": float(np.mean(std_ms / mean_ms)),
-        "correction": dataclasses.asdict(predictor.correction),
+        "correction": predictor.correction._asdict(),
     }  # fmt: skip
 
 
@@ -142,10 +164,12 @@ def print_table(space: SearchSpace, target: object, result: dict[str, Any], goal
     print(f"\n{space.name} on {target}: {result['n_networks']} held-out networks, {low:.3f} to {high:.3f} ms")
     print(
         f"{result['n_calibration']} calibration networks; {result['n_blocks_measured']} of {result['n_blocks']} blocks measured, "
-        f"predicted ones make {result['predicted_share_of_ms']:.0%} of the time; wall/CPU {result['wall_over_cpu']:.2f}"
+        f"predicted ones make {result['predicted_share_of_ms']:.0%} of the time; wall/CPU {result['wall_over_cpu']:.2f}; "
+        f"pace since the table {result['pace']:.3f}"
     )
     print(f"{'':24s} {'MAPE':>7s} {'in 10 %':>8s} {'Spearman':>9s} {'Kendall':>8s} {'bias':>7s}")
-    for name, errors in {**result["methods"], "noise floor": result["noise_floor"]}.items():
+    others = {"ours, without the pace": result["ours_without_pace"], "noise floor": result["noise_floor"]}
+    for name, errors in {**result["methods"], **others}.items():
         print(
             f"{name:24s} {errors['mape']:7.1%} {errors['within_10']:8.0%} {errors['spearman']:9.3f} {errors['kendall']:8.3f} "
             f"{errors['bias']:+7.1%}"
@@ -159,12 +183,11 @@ def print_table(space: SearchSpace, target: object, result: dict[str, Any], goal
 
 
 def _network(values: dict[str, Any]) -> NetworkLatency:
-    from lowsearch.latency.measure import latency_ms
-
-    samples = tuple(tuple(rounds) for rounds in values["samples_ms"])
+    samples, paces = tuple(tuple(rounds) for rounds in values["samples_ms"]), tuple(values["paces"])
     return NetworkLatency(
-        arch=Arch.from_dict(values["arch"]), latency_ms=latency_ms(samples), samples_ms=samples, wall_over_cpu=values["wall_over_cpu"]
-    )
+        arch=Arch.from_dict(values["arch"]), latency_ms=latency_ms(samples, paces), samples_ms=samples, paces=paces,
+        wall_over_cpu=values["wall_over_cpu"],
+    )  # fmt: skip
 
 
 def _print_progress(done: int, total: int, label: str) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 
 from lowsearch import cost
 from lowsearch.errors import TableError
-from lowsearch.latency.measure import NetworkLatency
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import choose_networks, current_context
 from lowsearch.latency.table import BlockLatency, LatencyTable, find_table
 from lowsearch.latency.target import attached_devices, resolve_target
+from lowsearch.latency.timing import NetworkLatency
 from lowsearch.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results" / "predictor_throughput.json"

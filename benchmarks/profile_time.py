@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from lowsearch.latency.measure import Effort, Request, latency_ms, launch_worker, steps
+from lowsearch.latency.measure import Effort, Request, launch_worker, steps
 from lowsearch.latency.profile import choose_blocks, profile
 from lowsearch.latency.target import attached_devices, load_average, resolve_target
+from lowsearch.latency.timing import latency_ms
 from lowsearch.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results" / "profile_time.json"

@@ -167,7 +167,7 @@ def profile(
     from lowsearch.latency.predictor import LatencyPredictor
 
     predictor = LatencyPredictor(loaded, result)
-    spread = predictor.correction.relative_std
+    spread = predictor.relative_std
     summary = {
         **result.summary(), "blocks_of_space": len(loaded.blocks), "network_error_percent": 100 * spread,
         "file": str(locations.new("latency_tables") / target.table_path),

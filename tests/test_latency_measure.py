@@ -20,16 +20,15 @@ from lowsearch.latency.measure import (
     BYTES_PER_STEP,
     Effort,
     Request,
-    Timing,
     disputed,
-    latency_ms,
     launch_worker,
     measure_networks,
-    network_latency,
+    network_latencies,
     run_requests,
     steps,
 )
 from lowsearch.latency.target import Device, Target
+from lowsearch.latency.timing import Timing, latency_ms
 
 CPU = Device(slug="fake-cpu", kind="cpu", name="Fake")
 GPU = Device(slug="rtx3090", kind="cuda", name="Fake")
@@ -217,7 +216,7 @@ def test_a_reader_that_leaves_takes_the_worker_with_it(monkeypatch: pytest.Monke
 
 def test_a_networks_error_comes_from_its_processes() -> None:
     timings = [Timing(item=network(8), process=p, hot_ms=(ms,) * 3, wall_over_cpu=1 + p) for p, ms in ((1, 1.1), (0, 1.0))]
-    row = network_latency(network(8), timings)
+    row = network_latencies({network(8): timings})[network(8)]
     assert row.samples_ms == ((1.0,) * 3, (1.1,) * 3) and row.wall_over_cpu == 2
     assert row.latency_std_ms == pytest.approx(np.std([1.0, 1.1], ddof=1) / np.sqrt(2))
-    assert network_latency(network(8), timings[:1]).latency_std_ms == 0
+    assert network_latencies({network(8): timings[:1]})[network(8)].latency_std_ms == 0

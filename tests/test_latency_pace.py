@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lowsearch.arch import Mlp
-from lowsearch.latency.measure import STATES, Timing, latency_ms, steps
+from lowsearch.latency.measure import steps
 from lowsearch.latency.pace import step_key, step_paces
 from lowsearch.latency.table import block_latency
+from lowsearch.latency.timing import STATES, Timing, latency_ms
 
 N = 240
 BLOCKS = [Mlp(channels=c, resolution_px=4, ratio=2) for c in range(1, N + 1)]

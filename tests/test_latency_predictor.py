@@ -14,17 +14,30 @@ from lowsearch import cost
 from lowsearch.arch import Arch, Block, Mlp
 from lowsearch.errors import TableError
 from lowsearch.latency.block_model import BlockModel
-from lowsearch.latency.measure import NetworkLatency
-from lowsearch.latency.predictor import _DRIFT_STD, Correction, LatencyPredictor, _elements
+from lowsearch.latency.measure import BLOCKS_PER_STEP
+from lowsearch.latency.memory import READ_BYTES, MemoryCurve, MemoryLatency
+from lowsearch.latency.predictor import _CONFLICTS, _DRIFT_STD, Correction, LatencyPredictor, _elements
 from lowsearch.latency.profile import choose_blocks, choose_networks
 from lowsearch.latency.table import BlockLatency, LatencyTable
 from lowsearch.latency.target import Device, Target, context
+from lowsearch.latency.timing import NetworkLatency
 from lowsearch.space import SearchSpace
 
 SPACE = SearchSpace.load("lowformer-micro")
 TARGET = Target("fake-cpu", "onnxruntime")
 HERE = context(TARGET, Device(slug="fake-cpu", kind="cpu", name="Fake"), statistic="t", versions={}, runtime_options={})
-TRUTH = Correction(hot=0.3, warm=0.5, cold=0.15, ms_per_weight=1e-8, overhead_ms=0.004, ms_per_element=2e-8, relative_std=0.0)
+TRUTH = Correction(
+    hot=0.3, warm=0.5, cold=0.15, hot_resident=0.5, warm_resident=0.4, fetch=0.6, branch_overhead_ms=0.003, joint_overhead_ms=0.005,
+    ms_per_element=2e-8,
+)  # fmt: skip
+CORE_BYTES, SHARED_BYTES = 2**20, 2**23
+"""Where the caches of the made device end: every micro network reads more than half of the first, none reads the second."""
+
+
+def read_ms(n_bytes: int) -> float:
+    """Reading memory: three speeds, with a slope of an octave between them."""
+    octaves = np.interp(np.log2(n_bytes / CORE_BYTES), [0, 1, 3, 4], [0, 1, 1, 2])
+    return n_bytes * (1e-8 + 4e-8 * float(octaves))
 
 
 @cache
@@ -36,16 +49,33 @@ def block_latency(block: Block) -> BlockLatency:
     return BlockLatency(hot_ms=hot, warm_ms=warm, cold_ms=warm + 0.03 + 4e-8 * counted.activations * len(block.kind))
 
 
+def reads(arch: Arch) -> tuple[int, float]:
+    """Bytes of the weights of a network, and of all that it reads in a pass as the predictor counts it."""
+    counted = cost.count(arch)
+    return 4 * counted.params, 4 * counted.params + counted.activations
+
+
 def network_ms(arch: Arch, truth: Correction = TRUTH) -> float:
-    return sum(
-        truth.hot * row.hot_ms
-        + truth.warm * row.warm_ms
-        + truth.cold * row.cold_ms
-        - truth.overhead_ms
-        - truth.ms_per_element * _elements(b)
-        for b in arch.blocks()
-        for row in [block_latency(b)]
+    weight_bytes, footprint_bytes = reads(arch)
+    extra = CURVE.extra_ms_per_byte(_CONFLICTS * footprint_bytes)
+    crowding = min(1.0, float(extra / COMPANY_MS))
+    hot = crowding * truth.hot + (1 - crowding) * truth.hot_resident
+    warm = crowding * truth.warm + (1 - crowding) * truth.warm_resident
+    total = truth.fetch * weight_bytes * float(extra)
+    for block in arch.blocks():
+        row = block_latency(block)
+        overhead_ms = truth.joint_overhead_ms if block.kind in ("stem", "downsampler", "head") else truth.branch_overhead_ms
+        total += hot * row.hot_ms + warm * row.warm_ms + truth.cold * row.cold_ms - overhead_ms - truth.ms_per_element * _elements(block)
+    return total
+
+
+MEMORY = tuple(MemoryLatency(n_bytes=n, latency_ms=read_ms(n)) for n in READ_BYTES)
+CURVE = MemoryCurve(MEMORY)
+COMPANY_MS = float(
+    CURVE.extra_ms_per_byte(
+        _CONFLICTS * BLOCKS_PER_STEP * np.mean([4 * cost.of_block(b).params + cost.of_block(b).activations for b in SPACE.blocks])
     )
+)
 
 
 def made_table(*, measured: int | None = None, noise: float = 0.0, n: int = 20, seed: int = 0) -> LatencyTable:
@@ -53,7 +83,9 @@ def made_table(*, measured: int | None = None, noise: float = 0.0, n: int = 20, 
     blocks = SPACE.blocks if measured is None else choose_blocks(SPACE, measured, seed=seed)
     networks = [(arch, network_ms(arch) * float(np.exp(noise * rng.normal()))) for arch in choose_networks(SPACE, n, seed=seed)]
     rows = tuple(NetworkLatency(arch=arch, latency_ms=ms, samples_ms=((ms,),)) for arch, ms in networks)
-    return LatencyTable(target=TARGET, context=HERE, entries={b: block_latency(b) for b in blocks}, calibration={SPACE.name: rows})
+    return LatencyTable(
+        target=TARGET, context=HERE, entries={b: block_latency(b) for b in blocks}, calibration={SPACE.name: rows}, memory=MEMORY
+    )
 
 
 def held_out(n: int, seed: int = 99) -> tuple[np.ndarray, list[Arch], np.ndarray]:
@@ -73,9 +105,9 @@ def partial_predictor() -> LatencyPredictor:
 
 
 def test_a_planted_correction_is_recovered(predictor: LatencyPredictor) -> None:
-    found = dataclasses.asdict(predictor.correction)
-    for name, planted in dataclasses.asdict(dataclasses.replace(TRUTH, relative_std=_DRIFT_STD)).items():
-        assert found[name] == pytest.approx(planted, rel=1e-3, abs=1e-6), name
+    for name, planted in TRUTH._asdict().items():
+        assert getattr(predictor.correction, name) == pytest.approx(planted, rel=1e-3, abs=1e-6), name
+    assert predictor.relative_std == pytest.approx(_DRIFT_STD, rel=1e-3)
 
 
 def test_networks_it_never_saw_are_exact_without_noise(predictor: LatencyPredictor) -> None:
@@ -112,7 +144,7 @@ def test_what_was_not_measured_says_so_and_is_less_certain(partial_predictor: La
     genomes, _, truth_ms = held_out(200)
     mean_ms, std_ms = partial_predictor.predict(genomes)
     guessed = [any(share.source == "predicted" for share in partial_predictor.explain(SPACE.decode(genome))) for genome in genomes]
-    floor_ms = partial_predictor.correction.relative_std * mean_ms
+    floor_ms = partial_predictor.relative_std * mean_ms
     assert (std_ms[guessed] > floor_ms[guessed]).all() and any(guessed)
     assert np.mean(np.abs(mean_ms / truth_ms - 1)) < 0.03
     assert np.mean(np.abs(mean_ms - truth_ms) <= 2 * std_ms) > 0.9
@@ -138,23 +170,24 @@ times = st.floats(1e-3, 10)
 weights = st.floats(0, 2)
 
 
-@given(hot=times, warm=times, cold=times, slower=times, a=weights, b=weights, c=weights, overhead=st.floats(0, 1), per=st.floats(0, 1e-3))
+@given(row=st.tuples(times, times, times), slower=times, weight=st.tuples(*[weights] * 5), overhead=st.floats(0, 1), per=st.floats(0, 1e-3))
+@pytest.mark.parametrize("crowding", [0.0, 0.3, 1.0])
 def test_a_slower_block_never_lowers_the_estimate(
-    hot: float, warm: float, cold: float, slower: float, a: float, b: float, c: float, overhead: float, per: float
+    crowding: float, row: tuple[float, float, float], slower: float, weight: tuple[float, ...], overhead: float, per: float
 ) -> None:
-    correction = Correction(hot=a, warm=b, cold=c, ms_per_weight=1e-7, overhead_ms=overhead, ms_per_element=per, relative_std=0.0)
+    correction = Correction(*weight, fetch=1.0, branch_overhead_ms=overhead, joint_overhead_ms=overhead, ms_per_element=per)
     block = Mlp(channels=8, resolution_px=4, ratio=2)
-    base = BlockLatency(hot_ms=hot, warm_ms=warm, cold_ms=cold)
-    base_ms = correction.block_ms(block, base)
+    base = BlockLatency(hot_ms=row[0], warm_ms=row[1], cold_ms=row[2])
+    base_ms = correction.block_ms(block, base, crowding=crowding)
     assert base_ms > 0
-    for change in ({"hot_ms": hot + slower}, {"warm_ms": warm + slower}, {"cold_ms": cold + slower}):
-        assert correction.block_ms(block, dataclasses.replace(base, **change)) >= base_ms
+    for change in ({"hot_ms": row[0] + slower}, {"warm_ms": row[1] + slower}, {"cold_ms": row[2] + slower}):
+        assert correction.block_ms(block, dataclasses.replace(base, **change), crowding=crowding) >= base_ms
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_fitted_weight_is_negative(seed: int) -> None:
     correction = LatencyPredictor(SPACE, made_table(noise=0.3, n=6, seed=seed)).correction
-    assert min(dataclasses.astuple(correction)) >= 0
+    assert min(correction) >= 0
 
 
 def test_a_network_need_not_be_in_the_space(partial_predictor: LatencyPredictor) -> None:
@@ -217,3 +250,21 @@ def test_predictions_are_the_same_in_every_process() -> None:
     table = made_table(measured=300)
     first, second = (LatencyPredictor(SPACE, table).predict(genomes) for _ in range(2))
     assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+
+
+def test_without_a_memory_curve_every_network_counts_as_crowded() -> None:
+    table = dataclasses.replace(made_table(), memory=())
+    genomes, _, truth_ms = held_out(100)
+    mean_ms, _ = LatencyPredictor(SPACE, table).predict(genomes)
+    assert np.isfinite(mean_ms).all() and np.median(np.abs(mean_ms / truth_ms - 1)) < 0.1
+
+
+def test_networks_that_stay_in_the_caches_are_told_from_those_that_do_not() -> None:
+    """One set of weights for both misses what the two corrections get right."""
+    genomes, archs, truth_ms = held_out(200)
+    with_curve, without = (
+        LatencyPredictor(SPACE, table).predict(genomes)[0] for table in (made_table(), dataclasses.replace(made_table(), memory=()))
+    )
+    crowded = np.array([reads(arch)[1] for arch in archs]) * _CONFLICTS > 2 * CORE_BYTES
+    assert 0.2 < crowded.mean() < 0.95, "both kinds are here"
+    assert np.abs(with_curve / truth_ms - 1).mean() < 0.2 * np.abs(without / truth_ms - 1).mean()

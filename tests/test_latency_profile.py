@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowsearch import cost, locations
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DeviceError, ParityError, TableError
-from lowsearch.latency.measure import Effort, Request, Timing
+from lowsearch.latency.measure import Effort, Request
+from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.predictor import LatencyPredictor
-from lowsearch.latency.profile import choose_blocks, choose_networks, profile, usable_table
+from lowsearch.latency.profile import NETWORK_EFFORT, choose_blocks, choose_networks, profile, usable_table
 from lowsearch.latency.table import LatencyTable, find_table
 from lowsearch.latency.target import Device, Target, attached_devices
 from lowsearch.latency.timers import CudaTimer
+from lowsearch.latency.timing import Item, Timing
 from lowsearch.latency.worker import Bench, serve
 from lowsearch.space import SearchSpace
 
@@ -44,6 +46,9 @@ OTHER = SearchSpace.from_yaml(
 MICRO = SearchSpace.load("lowformer-micro")
 CPU = Device(slug="fake-cpu", kind="cpu", name="Fake processor", detail="2 CPUs")
 TARGET = Target("fake-cpu", "onnxruntime")
+N_NETWORKS = 4
+N_TIMINGS = 2 * (len(READ_BYTES) + len(SPACE.blocks)) + NETWORK_EFFORT.processes * N_NETWORKS
+"""Of a whole profile of SPACE."""
 
 
 def block_ms(block: Block) -> float:
@@ -51,8 +56,10 @@ def block_ms(block: Block) -> float:
     return 1e-7 * counted.macs + 1e-6 * counted.activations + 0.003
 
 
-def exact(item: Block | Arch, process: int) -> Timing:
-    """What a noiseless device tells."""
+def exact(item: Item, process: int) -> Timing:
+    """What a noiseless device without caches tells."""
+    if isinstance(item, MemoryRead):
+        return Timing(item=item, process=process, hot_ms=(1e-7 * item.n_bytes,) * 2)
     if isinstance(item, Arch):
         return Timing(item=item, process=process, hot_ms=(sum(map(block_ms, item.blocks())),) * 2)
     ms = round(block_ms(item), 5)
@@ -66,7 +73,7 @@ def launch(request: Request) -> Iterator[Timing]:
 
 
 def quick(folder: Path, launch=launch, space: SearchSpace = SPACE, **options: Any) -> LatencyTable:
-    return profile(space, TARGET, folder=folder, devices=[CPU], launch=launch, **{"n_calibration": 4, **options})
+    return profile(space, TARGET, folder=folder, devices=[CPU], launch=launch, **{"n_calibration": N_NETWORKS, **options})
 
 
 # What is chosen ----------------------------------------------------------------------------------------------------------
@@ -121,8 +128,8 @@ def test_a_profile_leaves_a_table_and_nothing_else(tmp_path: Path) -> None:
     loaded = LatencyTable.load(tmp_path / TARGET.table_path)
     assert loaded.entries == table.entries and loaded.context == table.context
     assert [p.name for p in (tmp_path / "fake-cpu").iterdir() if not p.name.startswith(".")] == [TARGET.table_path.name]
-    total = 2 * (len(SPACE.blocks) + 4)
-    assert done == [(i, total) for i in range(total + 1)]
+    assert done == [(i, N_TIMINGS) for i in range(N_TIMINGS + 1)]
+    assert loaded.memory == table.memory and [read.n_bytes for read in table.memory] == sorted(READ_BYTES)
     block = SPACE.blocks[0]
     assert table.lookup(block).warm_ms == pytest.approx(2 * block_ms(block), abs=1e-5)
 
@@ -138,7 +145,7 @@ def test_a_second_profile_measures_nothing_again(tmp_path: Path) -> None:
 
 def test_a_second_space_adds_its_rows(tmp_path: Path) -> None:
     quick(tmp_path)
-    measured: list[Block | Arch] = []
+    measured: list[Item] = []
 
     def counting(request: Request) -> Iterator[Timing]:
         for timing in launch(request):
@@ -148,7 +155,7 @@ def test_a_second_space_adds_its_rows(tmp_path: Path) -> None:
     table = quick(tmp_path, launch=counting, space=OTHER)
     assert set(table.entries) == set(SPACE.blocks) | set(OTHER.blocks)
     assert set(table.calibration) == {"tiny", "other"}
-    assert {m for m in measured if not isinstance(m, Arch)} == set(OTHER.blocks) - set(SPACE.blocks)
+    assert {m for m in measured if not isinstance(m, Arch)} == set(OTHER.blocks) - set(SPACE.blocks), "memory is as it was"
     assert LatencyPredictor(SPACE, table).explain(SPACE.decode(SPACE.sample(1, rng=np.random.default_rng(0))[0]))
 
 
@@ -156,7 +163,7 @@ def test_a_table_of_other_versions_is_replaced_not_mixed(tmp_path: Path) -> None
     old = quick(tmp_path)
     foreign = dataclasses.replace(old, context=dataclasses.replace(old.context, versions={"lowsearch": "1", "onnxruntime": "0.1"}))
     foreign.save(tmp_path)
-    measured: set[Block | Arch] = set()
+    measured: set[Item] = set()
 
     def counting(request: Request) -> Iterator[Timing]:
         for timing in launch(request):
@@ -201,8 +208,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_by_one")
 def test_killed_after_any_measurement_it_resumes_without_measuring_twice(tmp_path: Path) -> None:
     calm = quick(tmp_path / "calm")
-    total = 2 * (len(SPACE.blocks) + 4)
-    for n in range(0, total, 5):
+    for n in range(0, N_TIMINGS, 5):
         folder = tmp_path / str(n)
         before: list[Timing] = []
         with pytest.raises(Killed):
@@ -210,8 +216,8 @@ def test_killed_after_any_measurement_it_resumes_without_measuring_twice(tmp_pat
         assert not (folder / TARGET.table_path).exists()
         after: list[Timing] = []
         table = quick(folder, launch=killed_after(10**9, after))
-        assert len(before) + len(after) == total
-        assert table.entries == calm.entries
+        assert len(before) + len(after) == N_TIMINGS
+        assert (table.entries, table.memory) == (calm.entries, calm.memory)
         assert {r.arch: r.samples_ms for r in table.calibration["tiny"]} == {r.arch: r.samples_ms for r in calm.calibration["tiny"]}
 
 
@@ -228,8 +234,8 @@ def test_where_two_processes_disagree_a_third_decides(tmp_path: Path) -> None:
 
         return launch
 
-    total = 2 * (len(SPACE.blocks) + 4) + len(loud)
-    for n in (total - 3, 2 * len(SPACE.blocks) + 2, 3):
+    total = N_TIMINGS + len(loud)
+    for n in (total - 3, N_TIMINGS - 4 * N_NETWORKS + 2, 50):
         folder = tmp_path / str(n)
         before: list[Timing] = []
         after: list[Timing] = []
@@ -289,7 +295,7 @@ def test_a_partial_file_of_other_versions_is_not_mixed_in(tmp_path: Path, monkey
             quick(tmp_path, launch=killed_after(10, []))
     after: list[Timing] = []
     quick(tmp_path, launch=killed_after(10**9, after))
-    assert len(after) == 2 * (len(SPACE.blocks) + 4)
+    assert len(after) == N_TIMINGS
 
 
 def test_two_profiles_of_one_target_do_not_mix(tmp_path: Path) -> None:

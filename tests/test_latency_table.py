@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from lowsearch.arch import Arch, Block, ConvBranch, Head, Mlp, Stage, Stem, StemConv
 from lowsearch.errors import MissingBlockError, TableError
 from lowsearch.files import write_atomically
-from lowsearch.latency.measure import NetworkLatency, Timing
 from lowsearch.latency.table import (
     BlockLatency,
     LatencyTable,
@@ -25,6 +24,7 @@ from lowsearch.latency.table import (
     known_tables,
 )
 from lowsearch.latency.target import Device, Target, attached_devices, context
+from lowsearch.latency.timing import NetworkLatency, Timing
 
 TARGET = Target("rtx3090", "eager")
 DEVICE = Device(slug="rtx3090", kind="cuda", name="NVIDIA GeForce RTX 3090", driver="550")

@@ -17,8 +17,8 @@ import numpy as np
 from lowsearch.arch import Block
 from lowsearch.errors import TableError
 from lowsearch.latency.features import block_features
-from lowsearch.latency.measure import STATES
 from lowsearch.latency.table import BlockLatency, LatencyTable
+from lowsearch.latency.timing import STATES
 
 MIN_MEASURED = 4
 """Fewer measured blocks of a kind than this teach nothing about the others."""

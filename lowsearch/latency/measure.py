@@ -23,16 +23,16 @@ import numpy as np
 
 import lowsearch
 from lowsearch import cost, errors
-from lowsearch.arch import Arch, Block, block_from_dict, block_to_dict
+from lowsearch.arch import Arch, Block
 from lowsearch.errors import DeviceError, LowsearchError
+from lowsearch.latency.memory import MemoryRead
+from lowsearch.latency.pace import StepKey, step_key, step_paces
 from lowsearch.latency.target import Device, Target, require_attached
+from lowsearch.latency.timing import Item, NetworkLatency, Timing, item_from_dict, item_to_dict, latency_ms
 
-Item = Block | Arch
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
 
-STATES = ("hot", "warm", "cold")
-"""The states of the caches that a block is timed in; docs/measurement.md."""
 BLOCKS_PER_STEP = 24
 DISPUTE = 0.1
 BYTES_PER_STEP = 400 << 20
@@ -89,55 +89,6 @@ class Request:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """What one process measured of one item: a number for every round."""
-
-    item: Item
-    process: int
-    hot_ms: tuple[float, ...]
-    """Called back to back: what it needs is in the caches."""
-    warm_ms: tuple[float, ...] = ()
-    """Called in turn with other blocks, as in a network. Empty for whole networks, which are timed as they are used, back to back."""
-    cold_ms: tuple[float, ...] = ()
-    """Called after a flush of the caches. Empty for whole networks."""
-    wall_over_cpu: float = 1.0
-    """Wall time over the statistic, in sum over the hot samples."""
-    load_average: float | None = None
-    parity: float = 0.0
-    """Largest difference from torch's output, as a share of the largest output."""
-    step: str = ""
-    """Label of the step of its process that it was interleaved in."""
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "item"}
-        return {**item_to_dict(self.item), **values}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Timing:
-        fields = {name: value for name, value in values.items() if name not in ("block", "arch")}
-        fields |= {name: tuple(fields[name]) for name in ("hot_ms", "warm_ms", "cold_ms")}
-        return cls(item=item_from_dict(values), **fields)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkLatency:
-    """Measured latency of one whole network."""
-
-    arch: Arch
-    latency_ms: float
-    samples_ms: tuple[tuple[float, ...], ...]
-    """A tuple for every process, in it a number for every round."""
-    wall_over_cpu: float = 1.0
-    load_average: float | None = None
-
-    @property
-    def latency_std_ms(self) -> float:
-        """Standard error of `latency_ms`, from the differences between processes; 0 where there was only one."""
-        processes = [float(np.median(rounds)) for rounds in self.samples_ms]
-        return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
-
-
 Launcher = Callable[[Request], Iterator[Timing]]
 """Runs one request in a fresh process and yields its timings as they come."""
 
@@ -145,29 +96,14 @@ Launcher = Callable[[Request], Iterator[Timing]]
 _WORKER = ("-m", "lowsearch.latency.worker")
 
 
-def latency_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
-    """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move.
-
-    `paces`: for every process, how much slower than usual the machine was (pace.py); it is divided out.
-    """
-    at_pace = [np.divide(rounds, pace) for rounds, pace in zip(samples_ms, paces or [1.0] * len(samples_ms), strict=True)]
-    return float(np.percentile(np.concatenate(at_pace), 25))
-
-
-def item_to_dict(item: Item) -> dict[str, Any]:
-    return {"arch": item.to_dict()} if isinstance(item, Arch) else {"block": block_to_dict(item)}
-
-
-def item_from_dict(values: Mapping[str, Any]) -> Item:
-    return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])
-
-
 def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Item, ...], ...]:
     """`items` in random groups that are interleaved with each other, small enough to be held in memory side by side.
 
-    How warm a block runs depends on the blocks it takes turns with, so each group of blocks gets its share of every size.
+    How warm a block runs depends on the blocks it takes turns with, so each group of blocks gets its share of every size. Reads of
+    memory are a group of their own.
     """
-    blocks = [item for item in items if not isinstance(item, Arch)]
+    blocks = [item for item in items if not isinstance(item, Arch | MemoryRead)]
+    reads = [item for item in items if isinstance(item, MemoryRead)]
     sizes = np.array([_size_bytes(block) for block in blocks])
     n_groups = max(-(-len(blocks) // BLOCKS_PER_STEP), int(sizes.sum() // BYTES_PER_STEP) + 1) if blocks else 0
     groups: list[list[Item]] = [[] for _ in range(n_groups)]
@@ -185,10 +121,10 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
             held = 0
         groups[-1].append(arch)
         held += size
-    return tuple(tuple(group) for group in groups)
+    return tuple(tuple(group) for group in [*([reads] if reads else []), *groups])
 
 
-def _size_bytes(item: Item) -> int:
+def _size_bytes(item: Block | Arch) -> int:
     """Weights and activations in fp32."""
     counted = cost.count(item) if isinstance(item, Arch) else cost.of_block(item)
     return 4 * (counted.params + counted.activations)
@@ -224,7 +160,7 @@ def measure_networks(
         timings[timing.item].append(timing)
         if progress is not None:
             progress(done, total, f"network {timing.item.arch_id}")
-    by_arch = {arch: network_latency(arch, found) for arch, found in timings.items()}
+    by_arch = network_latencies(timings)
     return [by_arch[arch] for arch in archs]
 
 
@@ -237,13 +173,19 @@ def disputed(timings: Sequence[Timing]) -> bool:
     return False
 
 
-def network_latency(arch: Arch, timings: Sequence[Timing]) -> NetworkLatency:
-    """One network's latency from what the processes measured of it."""
+def network_latencies(timings: Mapping[Arch, Sequence[Timing]]) -> dict[Arch, NetworkLatency]:
+    """The latency of every network from what the processes measured of it, at the usual pace of the machine."""
+    paces = step_paces([timing for found in timings.values() for timing in found])
+    return {arch: _network_latency(arch, found, paces) for arch, found in timings.items()}
+
+
+def _network_latency(arch: Arch, timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[float]]) -> NetworkLatency:
     ordered = sorted(timings, key=lambda timing: timing.process)
     samples = tuple(timing.hot_ms for timing in ordered)
+    hot_paces = tuple(paces[step_key(timing)][0] for timing in ordered)
     loads = [timing.load_average for timing in ordered if timing.load_average is not None]
     return NetworkLatency(
-        arch=arch, latency_ms=latency_ms(samples), samples_ms=samples,
+        arch=arch, latency_ms=latency_ms(samples, hot_paces), samples_ms=samples, paces=hot_paces,
         wall_over_cpu=max(timing.wall_over_cpu for timing in ordered), load_average=max(loads, default=None),
     )  # fmt: skip
 

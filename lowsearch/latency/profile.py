@@ -23,28 +23,20 @@ from lowsearch import cost, locations
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import LowsearchError, TableError
 from lowsearch.latency.features import block_features
-from lowsearch.latency.measure import (
-    Effort,
-    Item,
-    Launcher,
-    Progress,
-    Request,
-    Timing,
-    disputed,
-    network_latency,
-    run_requests,
-    steps,
-)
+from lowsearch.latency.measure import Effort, Launcher, Progress, Request, disputed, network_latencies, run_requests, steps
+from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.pace import step_paces
-from lowsearch.latency.table import VERSION, LatencyTable, block_latency, check_fits, find_table
+from lowsearch.latency.table import VERSION, LatencyTable, block_latency, check_fits, find_table, memory_latency
 from lowsearch.latency.target import Context, Device, Target, attached_devices, context, require_attached
+from lowsearch.latency.timing import Item, Timing
 from lowsearch.space import SearchSpace
 
 log = logging.getLogger(__name__)
 
 PARTIAL_SCHEMA = "lowsearch-latency-partial"
-MAX_BLOCKS = 700
-NETWORK_EFFORT = Effort(round_ms=40.0, max_samples=60)
+MAX_BLOCKS = 1400
+NETWORK_EFFORT = Effort(processes=4, round_ms=40.0, max_samples=60)
+"""Few networks decide how blocks add up, so each is measured twice as often as a block."""
 _DESCENT_STEPS = 60
 
 
@@ -79,12 +71,15 @@ def profile(
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = {row.arch for row in table.calibration.get(space.name, ())}
         archs = [arch for arch in choose_networks(space, n_calibration, seed=seed) if arch not in known]
-        work: list[tuple[Effort, Sequence[Item]]] = [(effort or Effort(), blocks), (network_effort or NETWORK_EFFORT, archs)]
+        reads = [] if table.memory else [MemoryRead(n_bytes) for n_bytes in READ_BYTES]
+        work: list[tuple[Effort, Sequence[Item]]] = [
+            (effort or Effort(), reads), (effort or Effort(), blocks), (network_effort or NETWORK_EFFORT, archs)
+        ]  # fmt: skip
         with _Partial(path, target, here) as partial:
             session = _Session(partial, work, label=f"{space.name} on {target}", progress=progress)
             for chosen, items in work:
                 session.measure(items, chosen, device=device, seed=seed, launch=launch)
-        table = _extended(table, space, here, blocks, archs, session.found)
+        table = _extended(table, space, here, reads, blocks, archs, session.found)
         table.save(folder)
         partial.path.unlink()
     return table
@@ -219,14 +214,17 @@ def _extended(
     table: LatencyTable,
     space: SearchSpace,
     here: Context,
+    reads: Sequence[MemoryRead],
     blocks: Sequence[Block],
     archs: Sequence[Arch],
     found: Mapping[Item, Mapping[int, Timing]],
 ) -> LatencyTable:
     paces = step_paces([timing for block in blocks for timing in found[block].values()])
     entries = {**table.entries, **{block: block_latency(list(found[block].values()), paces) for block in blocks}}
-    networks = (*table.calibration.get(space.name, ()), *(network_latency(arch, list(found[arch].values())) for arch in archs))
-    return dataclasses.replace(table, context=here, entries=entries, calibration={**table.calibration, space.name: networks})
+    added = network_latencies({arch: list(found[arch].values()) for arch in archs})
+    networks = (*table.calibration.get(space.name, ()), *(added[arch] for arch in archs))
+    memory = table.memory or tuple(memory_latency(read.n_bytes, list(found[read].values())) for read in reads)
+    return dataclasses.replace(table, context=here, entries=entries, calibration={**table.calibration, space.name: networks}, memory=memory)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Latency table: what was measured of the blocks of one or more search spaces, and of some whole networks, on one target.
 
-One text file a target, `latency_tables/<device>/<runtime>-<precision>-b<batch>-t<threads>.jsonl`: a header, a line for every block, a
-line for every calibration network, in an order that does not change (docs/formats.md). Written by `profile`, read by the predictor.
+One text file a target, `latency_tables/<device>/<runtime>-<precision>-b<batch>-t<threads>.jsonl`: a header, a line for every size of
+memory that was read, for every block and for every calibration network, in an order that does not change (docs/formats.md). Written by
+`profile`, read by the predictor.
 A table says on what it was measured; `check_fits` refuses it for the machine we stand on when that differs.
 """
 
@@ -22,12 +23,13 @@ from lowsearch import locations
 from lowsearch.arch import BLOCK_TYPES, Arch, Block, block_from_dict, block_to_dict
 from lowsearch.errors import LowsearchError, MissingBlockError, TableError
 from lowsearch.files import write_atomically
-from lowsearch.latency.measure import STATES, NetworkLatency, Timing, latency_ms
+from lowsearch.latency.memory import MemoryLatency
 from lowsearch.latency.pace import StepKey, step_key
 from lowsearch.latency.target import Context, Target, attached_devices
+from lowsearch.latency.timing import STATES, NetworkLatency, Timing, latency_ms
 
 SCHEMA = "lowsearch-latency-table"
-VERSION = 1
+VERSION = 2
 
 Source = Literal["measured", "predicted"]
 
@@ -60,6 +62,8 @@ class LatencyTable:
     entries: Mapping[Block, BlockLatency]
     calibration: Mapping[str, tuple[NetworkLatency, ...]]
     """Whole networks, by the name of the search space they were drawn from."""
+    memory: tuple[MemoryLatency, ...] = ()
+    """Reads of memory, by rising size."""
 
     def lookup(self, block: Block) -> BlockLatency:
         """What was measured of `block`. Raises MissingBlockError, naming the command that measures more."""
@@ -87,9 +91,11 @@ class LatencyTable:
             ((space, row) for space, rows in self.calibration.items() for row in rows), key=lambda p: (p[0], p[1].arch.arch_id)
         )
         yield {
-            "schema": SCHEMA, "version": VERSION, "n_blocks": len(self.entries), "n_networks": len(networks),
-            "target": dataclasses.asdict(self.target), "context": dataclasses.asdict(self.context),
+            "schema": SCHEMA, "version": VERSION, "n_memory": len(self.memory), "n_blocks": len(self.entries),
+            "n_networks": len(networks), "target": dataclasses.asdict(self.target), "context": dataclasses.asdict(self.context),
         }  # fmt: skip
+        for read in sorted(self.memory, key=lambda read: read.n_bytes):
+            yield {"memory_bytes": read.n_bytes, **{name: getattr(read, name) for name in _MEMORY_FIELDS}}
         for block in sorted(self.entries, key=_block_order):
             yield {"block": block_to_dict(block), **dataclasses.asdict(self.entries[block])}
         for space, row in networks:
@@ -160,7 +166,17 @@ def block_latency(timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[fl
     )  # fmt: skip
 
 
-_HEADER_FIELDS = ("schema", "version", "n_blocks", "n_networks", "target", "context")
+def memory_latency(n_bytes: int, timings: Sequence[Timing]) -> MemoryLatency:
+    """One size of memory from what the processes measured of it."""
+    ordered = sorted(timings, key=lambda timing: timing.process)
+    samples = tuple(timing.hot_ms for timing in ordered)
+    return MemoryLatency(
+        n_bytes=n_bytes, latency_ms=latency_ms(samples), samples_ms=samples, wall_over_cpu=max(timing.wall_over_cpu for timing in ordered)
+    )
+
+
+_HEADER_FIELDS = ("schema", "version", "n_memory", "n_blocks", "n_networks", "target", "context")
+_MEMORY_FIELDS = tuple(field.name for field in dataclasses.fields(MemoryLatency) if field.name != "n_bytes")
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
 _NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
 _KIND_ORDER = {kind: i for i, kind in enumerate(BLOCK_TYPES)}
@@ -204,6 +220,7 @@ class _Reader:
         context = self._context(header["context"])
         entries: dict[Block, BlockLatency] = {}
         calibration: dict[str, list[NetworkLatency]] = {}
+        memory: dict[int, MemoryLatency] = {}
         for self.line, line in enumerate(lines[1:], start=2):
             values = self._parse(line)
             if "block" in values:
@@ -212,6 +229,11 @@ class _Reader:
                 if block in entries:
                     self._fail(f"a second line for {block}")
                 entries[block] = self._block_latency(values)
+            elif "memory_bytes" in values:
+                read = self._memory(values)
+                if read.n_bytes in memory:
+                    self._fail(f"a second line for {read.n_bytes} bytes of memory")
+                memory[read.n_bytes] = read
             else:
                 self._check_fields(values, ("space", "arch", *_NETWORK_FIELDS))
                 if not isinstance(values["space"], str):
@@ -222,11 +244,14 @@ class _Reader:
                     self._fail(f"a second line for network {row.arch.arch_id}")
                 rows.append(row)
         self.line = 1
-        counts = {"n_blocks": len(entries), "n_networks": sum(map(len, calibration.values()))}
+        counts = {"n_memory": len(memory), "n_blocks": len(entries), "n_networks": sum(map(len, calibration.values()))}
         for name, count in counts.items():
             if header[name] != count:
                 self._fail(f"the header promises {name} {header[name]!r}, the file has {count}")
-        return LatencyTable(target=target, context=context, entries=entries, calibration={k: tuple(v) for k, v in calibration.items()})
+        return LatencyTable(
+            target=target, context=context, entries=entries, calibration={k: tuple(v) for k, v in calibration.items()},
+            memory=tuple(memory.values()),
+        )  # fmt: skip
 
     def _fail(self, message: str) -> NoReturn:
         target = _target_of(self.path)
@@ -276,15 +301,28 @@ class _Reader:
         wall_over_cpu = self._time("wall_over_cpu", values["wall_over_cpu"])
         return BlockLatency(**times, **samples, **paces, wall_over_cpu=wall_over_cpu)  # type: ignore[arg-type]
 
+    def _memory(self, values: Mapping[str, Any]) -> MemoryLatency:
+        self._check_fields(values, ("memory_bytes", *_MEMORY_FIELDS))
+        n_bytes = values["memory_bytes"]
+        if not isinstance(n_bytes, int) or isinstance(n_bytes, bool) or n_bytes < 1:
+            self._fail(f"memory_bytes is {n_bytes!r}, expected a positive whole number")
+        read = MemoryLatency(
+            n_bytes=n_bytes, latency_ms=self._time("latency_ms", values["latency_ms"]),
+            samples_ms=self._samples("samples_ms", values["samples_ms"]),
+            wall_over_cpu=self._time("wall_over_cpu", values["wall_over_cpu"]),
+        )  # fmt: skip
+        self._check_statistic("latency_ms", read.latency_ms, read.samples_ms)
+        return read
+
     def _network(self, values: Mapping[str, Any]) -> NetworkLatency:
         load = values["load_average"]
         row = NetworkLatency(
             arch=self._guarded(lambda: Arch.from_dict(values["arch"])), latency_ms=self._time("latency_ms", values["latency_ms"]),
-            samples_ms=self._samples("samples_ms", values["samples_ms"]),
+            samples_ms=self._samples("samples_ms", values["samples_ms"]), paces=self._paces("paces", values["paces"]),
             wall_over_cpu=self._time("wall_over_cpu", values["wall_over_cpu"]),
             load_average=None if load is None else self._number("load_average", load),
         )  # fmt: skip
-        self._check_statistic("latency_ms", row.latency_ms, row.samples_ms)
+        self._check_statistic("latency_ms", row.latency_ms, row.samples_ms, row.paces)
         return row
 
     def _number(self, name: str, value: Any) -> float:

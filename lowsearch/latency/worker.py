@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch import nn
 
 from lowsearch.arch import Arch, input_channels
 from lowsearch.errors import DeviceError, LowsearchError
-from lowsearch.latency.measure import Effort, Item, Request, Timing
+from lowsearch.latency.measure import Effort, Request
+from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.runtimes import Program, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Device, Target, cuda_slug, load_average, require_attached
 from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer
+from lowsearch.latency.timing import Item, Timing
 from lowsearch.model.blocks import LowtentionModule, build_block, randomise
 from lowsearch.model.lowformer import build_model
 
@@ -49,6 +52,25 @@ class _Prepared:
     cold_ms: list[float] = field(default_factory=list)
     total_ms: float = 0.0
     total_wall_ms: float = 0.0
+
+
+class _Reading:
+    """A program that reads memory and does next to nothing with it."""
+
+    def __init__(self, n_bytes: int, device: torch.device) -> None:
+        self._values = _memory(device)[: n_bytes // 4]
+
+    def run(self) -> None:
+        torch.dot(self._values, self._values)
+
+    def output(self) -> np.ndarray:
+        return torch.dot(self._values, self._values).cpu().numpy()
+
+
+@cache
+def _memory(device: torch.device) -> torch.Tensor:
+    """What every `MemoryRead` is a part of."""
+    return torch.ones(max(READ_BYTES) // 4, device=device)
 
 
 def open_bench(device: Device) -> Bench:
@@ -79,7 +101,7 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
 def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator, label: str = "") -> Iterator[Timing]:
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
     prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
-    blocks = [one for one in prepared if not isinstance(one.item, Arch)]
+    blocks = [one for one in prepared if not isinstance(one.item, Arch | MemoryRead)]
     # A few blocks alone would stay warmer than in a network: copies of them, timed for nobody, take turns with them.
     n_company = max(0, MIN_COMPANY - len(blocks)) if blocks else 0
     company = [_prepare(blocks[i % len(blocks)].item, request.target, bench, seed=request.seed + i) for i in range(n_company)]
@@ -102,6 +124,8 @@ def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: n
 
 def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepared:
     """Compile `item` with random weights, and refuse it where the runtime computes something else than torch."""
+    if isinstance(item, MemoryRead):
+        return _Prepared(item, _Reading(item.n_bytes, bench.torch_device), parity=0.0)
     if isinstance(item, Arch):
         module, channels, px, what = build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
     else:

@@ -21,11 +21,12 @@ from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.latency.measure import NetworkLatency, measure_networks
+from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context, profile, usable_table
 from lowsearch.latency.table import LatencyTable, check_fits
 from lowsearch.latency.target import Target, resolve_device, resolve_target
+from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings
 from lowsearch.space import SearchSpace

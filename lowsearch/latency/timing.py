@@ -1,0 +1,100 @@
+"""What is timed and what comes of it: items, the timing of one item in one process, the latency of a network, and the statistic.
+
+Values only; measure.py fills them, pace.py and table.py read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from lowsearch.arch import Arch, Block, block_from_dict, block_to_dict
+from lowsearch.latency.memory import MemoryRead
+
+Item = Block | Arch | MemoryRead
+
+STATES = ("hot", "warm", "cold")
+"""The states of the caches that a block is timed in; docs/measurement.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What one process measured of one item: a number for every round."""
+
+    item: Item
+    process: int
+    hot_ms: tuple[float, ...]
+    """Called back to back: what it needs is in the caches."""
+    warm_ms: tuple[float, ...] = ()
+    """Called in turn with other blocks, as in a network. Empty for networks and reads of memory, which are timed as they are used: back
+    to back."""
+    cold_ms: tuple[float, ...] = ()
+    """Called after a flush of the caches. Empty where `warm_ms` is."""
+    wall_over_cpu: float = 1.0
+    """Wall time over the statistic, in sum over the hot samples."""
+    load_average: float | None = None
+    parity: float = 0.0
+    """Largest difference from torch's output, as a share of the largest output."""
+    step: str = ""
+    """Label of the step of its process that it was interleaved in."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "item"}
+        return {**item_to_dict(self.item), **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Timing:
+        others = {name: value for name, value in values.items() if name not in ("block", "arch", "memory_bytes")}
+        others |= {name: tuple(others[name]) for name in ("hot_ms", "warm_ms", "cold_ms")}
+        return cls(item=item_from_dict(values), **others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkLatency:
+    """Measured latency of one whole network."""
+
+    arch: Arch
+    latency_ms: float
+    samples_ms: tuple[tuple[float, ...], ...]
+    """A tuple for every process, in it a number for every round."""
+    paces: tuple[float, ...] = ()
+    """For every process, how much slower than usual the machine was then (pace.py); divided out of `latency_ms`, not of the samples."""
+    wall_over_cpu: float = 1.0
+    load_average: float | None = None
+
+    @property
+    def latency_std_ms(self) -> float:
+        """Standard error of `latency_ms`, from the differences between processes; 0 where there was only one."""
+        processes = [
+            float(np.median(rounds)) / pace for rounds, pace in zip(self.samples_ms, _all(self.paces, self.samples_ms), strict=True)
+        ]
+        return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
+
+
+def latency_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
+    """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move.
+
+    `paces`: for every process, how much slower than usual the machine was (pace.py); it is divided out.
+    """
+    at_pace = [np.divide(rounds, pace) for rounds, pace in zip(samples_ms, _all(paces, samples_ms), strict=True)]
+    return float(np.percentile(np.concatenate(at_pace), 25))
+
+
+def _all(paces: Sequence[float], samples_ms: Sequence[object]) -> Sequence[float]:
+    """A pace for every process: the usual one where none is known."""
+    return paces or [1.0] * len(samples_ms)
+
+
+def item_to_dict(item: Item) -> dict[str, Any]:
+    if isinstance(item, MemoryRead):
+        return {"memory_bytes": item.n_bytes}
+    return {"arch": item.to_dict()} if isinstance(item, Arch) else {"block": block_to_dict(item)}
+
+
+def item_from_dict(values: Mapping[str, Any]) -> Item:
+    if "memory_bytes" in values:
+        return MemoryRead(int(values["memory_bytes"]))
+    return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])
