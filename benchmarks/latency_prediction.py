@@ -86,7 +86,7 @@ def main() -> None:
         f' "{name}": [\n' + ",\n".join("  " + json.dumps(network) for network in values) + "\n ]"
         for name, values in (("anchors", again), ("networks", networks))
     ]
-    path.write_text(f"{head},\n{',\n'.join(parts)}\n}}\n", encoding="utf-8")
+    path.write_text(",\n".join([head, *parts]) + "\n}\n", encoding="utf-8")
     print(f"written: {path}")
 
 
