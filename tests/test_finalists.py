@@ -98,7 +98,7 @@ def test_the_family_and_the_best_cover_of_the_proposals_are_chosen(seed):
     assert pareto.hypervolume(mine, REFERENCE) >= (1 - 1 / math.e) * pareto.hypervolume(costs, REFERENCE)
 
 
-def test_dominated_proposals_fill_up_to_five():
+def test_dominated_proposals_fill_up():
     genomes = SPACE.sample(30, rng=np.random.default_rng(1))
     best = int(np.argmin(ms([SPACE.decode(g) for g in genomes])))
     found = [candidate(i, g, accuracy=0.9 if i == best else 0.5) for i, g in enumerate(genomes)]
@@ -107,7 +107,7 @@ def test_dominated_proposals_fill_up_to_five():
     assert SPACE.decode(genomes[best]).arch_id in {f.arch_id for f in chosen}
 
 
-def test_fewer_than_five_proposals_are_all_chosen():
+def test_a_few_proposals_are_all_chosen():
     found = make_candidates(3)
     assert len(proposals(choose(SETTINGS, parts(), found, REFERENCE))) == 3
 

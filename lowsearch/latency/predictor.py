@@ -45,8 +45,9 @@ _ACTIVATIONS_SHARE = 0.25
 """Of all activations of a network, what passes through the caches between two uses of its weights."""
 _CONFLICTS = 1.35
 """A cache is lost somewhat before it is full: its lines compete for places, and other code runs as well. As measured on one CPU."""
-_DRIFT_STD = 0.02
-"""All networks of a table were measured within minutes. From one hour to the next the clock of a shared machine drifts by 2 to 4 %."""
+_DRIFT_STD = 0.03
+"""All networks of a table were measured within minutes. From one hour to the next the speed of a shared machine drifts by 2 to 4 %, at
+times by more."""
 _REPEATS_VARIANCE = 2.0
 """A predicted block often stands several times in a network, and errs there in the same direction."""
 _N_COLUMNS = 5  # of `LatencyPredictor._block_row`
