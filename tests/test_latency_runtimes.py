@@ -11,6 +11,7 @@ from lowsearch.arch import Arch, Attention, Block, ConvBranch, Downsampler, Head
 from lowsearch.errors import DeviceError, ParityError
 from lowsearch.latency import worker
 from lowsearch.latency.measure import Effort, Request
+from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.runtimes import RUNTIMES, Program, Runtime, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Target, attached_devices
 from lowsearch.latency.timers import CpuTimer
@@ -120,14 +121,15 @@ def test_deep_attention_stays_comparable() -> None:
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_a_worker_times_blocks_in_three_states_and_networks_in_one(name: str) -> None:
+def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(name: str) -> None:
     cpu = attached_devices()[0]
     effort = Effort(processes=1, rounds=2, sample_ms=0.01, round_ms=0.1, turns_ms=1, min_turns=2, cold_samples=1)
-    request = Request(target=Target(cpu.slug, name), process=1, seed=0, effort=effort, steps=((BLOCKS[1], BLOCKS[8]), (NETWORK,)))
+    reads = MemoryRead(2**18), MemoryRead(2**22)
+    request = Request(target=Target(cpu.slug, name), process=1, seed=0, effort=effort, steps=(reads, (BLOCKS[1], BLOCKS[8]), (NETWORK,)))
     timings = {timing.item: timing for timing in worker.serve(request, BENCH, device=cpu)}
-    assert set(timings) == {BLOCKS[1], BLOCKS[8], NETWORK}
+    assert set(timings) == {*reads, BLOCKS[1], BLOCKS[8], NETWORK}
     for item, timing in timings.items():
-        rounds = (2, 0, 0) if item is NETWORK else (2, 2, 2)
+        rounds = (2, 2, 2) if item in BLOCKS else (2, 0, 0)
         assert tuple(map(len, (timing.hot_ms, timing.warm_ms, timing.cold_ms))) == rounds
         assert all(ms > 0 for ms in (*timing.hot_ms, *timing.warm_ms, *timing.cold_ms))
         assert timing.process == 1 and timing.parity < 1e-5
