@@ -33,7 +33,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a 
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, or a device's name such as rtx3090; `lowsearch devices` lists them.")
 ]
-RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or eager.")]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino, torchscript or eager.")]
 SpaceOption = Annotated[str, typer.Option("--space", help="A shipped space (lowformer, lowformer-micro) or a YAML file.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or fp16 on a GPU.")]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Images in one forward pass.")]

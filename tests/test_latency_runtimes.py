@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,7 @@ NETWORK = Arch(
     head_widths=(32, 32), num_classes=10,
 )  # fmt: skip
 CPU = torch.device("cpu")
+INSTALLED = [name for name, one in RUNTIMES.items() if find_spec(one.package)]
 BENCH = Bench(CPU, CpuTimer(flush_bytes=1 << 16))
 QUICK = Effort(processes=1, rounds=1, warmups=1, sample_ms=0.001, round_ms=0.01, min_samples=1, turns_ms=0.01, min_turns=1, cold_samples=1)
 
@@ -48,7 +51,7 @@ def prepared(block: Block) -> tuple[nn.Module, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.kind)
 def test_every_runtime_computes_what_torch_does(name: str, block: Block) -> None:
     module, x = prepared(block)
@@ -88,6 +91,7 @@ class BranchDropped:
     """A fast runtime that returns its input: right for a residual branch that starts as the identity, wrong for any other."""
 
     name = "fast"
+    package = "torch"
     precisions = {"cpu": ("fp32",)}
 
     def versions(self) -> dict[str, str]:
@@ -120,7 +124,7 @@ def test_deep_attention_stays_comparable() -> None:
     assert timing.parity < 1e-5
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(name: str) -> None:
     cpu = attached_devices()[0]
     effort = Effort(processes=1, rounds=2, sample_ms=0.01, round_ms=0.1, turns_ms=1, min_turns=2, cold_samples=1)
@@ -136,12 +140,27 @@ def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(nam
 
 
 def test_what_cannot_be_measured_honestly_is_refused() -> None:
-    with pytest.raises(DeviceError, match="unknown runtime 'tvm'; known: onnxruntime, eager"):
+    with pytest.raises(DeviceError, match="unknown runtime 'tvm'; known: onnxruntime, openvino, torchscript, eager"):
         runtime("tvm")
-    with pytest.raises(DeviceError, match="does not run on a cuda device; runtimes that do: eager"):
+    with pytest.raises(DeviceError, match="does not run on a cuda device; runtimes that do: torchscript, eager"):
         check_supported(Target("rtx3090", "onnxruntime"), "cuda")
     with pytest.raises(DeviceError, match="no fp16"):
         check_supported(Target("amd-epyc-9654", "eager", "fp16"), "cpu")
     with pytest.raises(DeviceError, match="threads is 2"):
         check_supported(Target("amd-epyc-9654", "eager", threads=2), "cpu")
     check_supported(Target("rtx3090", "eager", "fp16"), "cuda")
+
+
+def test_a_runtime_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RUNTIMES["openvino"], "package", "no_such_package")
+    with pytest.raises(DeviceError, match=r"openvino is not installed.*pip install 'lowsearch\[openvino\]'"):
+        check_supported(Target("amd-epyc-9654", "openvino"), "cpu")
+
+
+def test_openvino_keeps_to_fp32_where_the_processor_could_round() -> None:
+    """Left alone, it computes in bfloat16 on processors that have it: three digits instead of seven."""
+    pytest.importorskip("openvino")
+    module, x = prepared(BLOCKS[2])
+    program = runtime("openvino").prepare(module, x, precision="fp32", device=CPU)
+    assert check_parity(program, reference(module, x), precision="fp32", what="block") < 1e-5
+    assert runtime("openvino").options()["INFERENCE_PRECISION_HINT"] == "f32"

@@ -11,6 +11,7 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -41,6 +42,8 @@ class Runtime(Protocol):
     """Software that executes networks."""
 
     name: str
+    package: str
+    """What has to be installed, by the name it is imported by."""
     precisions: Mapping[DeviceKind, Sequence[str]]
     """What it can execute, by the kind of device."""
 
@@ -61,6 +64,7 @@ class EagerRuntime:
     """torch as it is: one operator after the other, on the CPU or a CUDA device."""
 
     name = "eager"
+    package = "torch"
     precisions: Mapping[DeviceKind, Sequence[str]] = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
 
     def versions(self) -> dict[str, str]:
@@ -70,14 +74,46 @@ class EagerRuntime:
         return {"memory_format": "contiguous", "cudnn_benchmark": 0, "tf32": 0}
 
     def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
-        # fp32 means fp32: cuDNN would otherwise round convolution inputs to ten bits.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        dtype = torch.float16 if precision == "fp16" else torch.float32
-        return _EagerProgram(module.to(device, dtype), x.to(device, dtype))
+        return _TorchProgram(*_placed(module, x, precision=precision, device=device))
 
 
-class _EagerProgram:
+class TorchScriptRuntime:
+    """torch.jit: traced, frozen and optimised for inference, as the LowFormer papers time. torch has deprecated it."""
+
+    name = "torchscript"
+    package = "torch"
+    precisions: Mapping[DeviceKind, Sequence[str]] = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
+    WARM_UPS = 2
+    """Calls after which the profiling executor has specialised the graph."""
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def options(self) -> dict[str, str | int]:
+        return {"graph": "traced, optimize_for_inference", "cudnn_benchmark": 0, "tf32": 0}
+
+    def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
+        module, x = _placed(module, x, precision=precision, device=device)
+        with warnings.catch_warnings(), torch.no_grad():
+            # torch.jit as a whole is deprecated, and tracing warns of every size it fixes: they are fixed here.
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+            warnings.filterwarnings("ignore", category=TracerWarning)
+            traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(module, x)))
+        program = _TorchProgram(traced, x)
+        for _ in range(self.WARM_UPS):
+            program.run()
+        return program
+
+
+def _placed(module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """Both on `device` in `precision`. fp32 means fp32: cuDNN would otherwise round convolution inputs to ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    return module.to(device, dtype), x.to(device, dtype)
+
+
+class _TorchProgram:
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         self._module = module
         self._x = x
@@ -95,6 +131,7 @@ class OnnxRuntime:
     """ONNX Runtime on the CPU: one thread that does not spin, all graph optimisations."""
 
     name = "onnxruntime"
+    package = "onnxruntime"
     precisions: Mapping[DeviceKind, Sequence[str]] = {"cpu": ("fp32",)}
 
     def versions(self) -> dict[str, str]:
@@ -137,7 +174,47 @@ class _OnnxProgram:
         return self._output.numpy().copy()
 
 
-RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime(), "eager": EagerRuntime()}
+class OpenVinoRuntime:
+    """OpenVINO on the CPU: one thread and one stream, the precision pinned: it would choose bfloat16 by itself where the processor can."""
+
+    name = "openvino"
+    package = "openvino"
+    precisions: Mapping[DeviceKind, Sequence[str]] = {"cpu": ("fp32",)}
+    SETTINGS: Mapping[str, str | int] = {
+        "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": "NO",
+    }  # fmt: skip
+
+    def versions(self) -> dict[str, str]:
+        return {"openvino": metadata.version("openvino")}
+
+    def options(self) -> dict[str, str | int]:
+        return {**self.SETTINGS, "exporter": f"torch {torch.__version__} TorchScript", "opset": OPSET}
+
+    def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
+        return _OpenVinoProgram(export_onnx(module, x), x.numpy(), self.SETTINGS)
+
+
+class _OpenVinoProgram:
+    def __init__(self, model: bytes, x: np.ndarray, settings: Mapping[str, str | int]) -> None:
+        import openvino
+
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(model), "CPU", dict(settings))
+        self._request = compiled.create_infer_request()
+        self._request.set_input_tensor(openvino.Tensor(x, shared_memory=False))
+
+    def run(self) -> None:
+        self._request.infer()
+
+    def output(self) -> np.ndarray:
+        self.run()
+        return np.array(self._request.get_output_tensor().data, dtype=np.float32)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    one.name: one for one in (OnnxRuntime(), OpenVinoRuntime(), TorchScriptRuntime(), EagerRuntime())
+}  # fmt: skip
 
 
 def runtime(name: str) -> Runtime:
@@ -150,6 +227,8 @@ def runtime(name: str) -> Runtime:
 def check_supported(target: Target, kind: DeviceKind) -> None:
     """Raise DeviceError where `target` asks for something that its runtime cannot do, or that we cannot time honestly, on such a device."""
     chosen = runtime(target.runtime)
+    if find_spec(chosen.package) is None:
+        raise DeviceError(f"runtime {chosen.name} is not installed", hint=f"pip install 'lowsearch[{chosen.name}]'")
     if kind not in chosen.precisions:
         able = ", ".join(name for name, other in RUNTIMES.items() if kind in other.precisions) or "none"
         raise DeviceError(f"runtime {chosen.name} does not run on a {kind} device; runtimes that do: {able}", hint=f"--runtime {able}")
