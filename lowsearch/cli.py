@@ -179,6 +179,48 @@ def profile(
 
 
 @app.command()
+def compare(
+    networks: Annotated[list[str], typer.Argument(help="Presets, networks of timm by name, or an arch.json; as many as you like.")],
+    device: DeviceOption = "cpu",
+    runtime: RuntimeOption = "onnxruntime",
+    resolution: Annotated[int | None, typer.Option("--resolution", min=32, help="Pixels; default: 224, and a file's own.")] = None,
+    precision: PrecisionOption = "fp32",
+    batch: BatchOption = 1,
+    threads: ThreadsOption = 1,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write an interactive page, as compare.html.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure whole networks side by side on one device, with their published accuracies."""
+    import dataclasses
+
+    from lowsearch.latency.compare import compare as measure
+    from lowsearch.latency.target import resolve_target
+
+    target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
+    with _progress() as progress:
+        rows = measure(networks, target, resolution_px=resolution, progress=progress)
+    if out is not None:
+        from lowsearch.report.comparison import build_comparison
+
+        build_comparison(rows, str(target), out)
+    if as_json:
+        _print_json(
+            {"target": dataclasses.asdict(target), "networks": [{**dataclasses.asdict(r), "gmacs_per_s": r.gmacs_per_s} for r in rows]}
+        )
+        return
+    shown = [
+        {
+            "network": r.name, "px": r.resolution_px, "latency_ms": r.latency_ms, "±": r.latency_std_ms, "source": "measured",
+            "MMACs": r.macs / 1e6, "GMACs/s": r.gmacs_per_s, "Mparams": r.params / 1e6, "top1 % (published)": r.top1_percent,
+        }
+        for r in rows
+    ]  # fmt: skip
+    _print_rows(f"On {target}", shown)
+    if out is not None:
+        _tell(f"page: {out}")
+
+
+@app.command()
 def run(
     context: typer.Context,
     objective: Annotated[str, typer.Option("--objective", help="Names joined by '-': acc, latency, macs, params.")] = "acc-latency",

@@ -22,7 +22,7 @@ LINES = (
     {"data"},
     {"model"},
     {"space", "cost"},
-    {"presets"},
+    {"presets", "published"},
     {"arch", "locations", "files"},
     {"errors"},
 )

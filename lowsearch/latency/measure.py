@@ -28,13 +28,14 @@ from lowsearch.errors import DeviceError, LowsearchError
 from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.pace import StepKey, step_key, step_paces
 from lowsearch.latency.target import Device, Target, require_attached
-from lowsearch.latency.timing import Item, NetworkLatency, Timing, item_from_dict, item_to_dict, latency_ms
+from lowsearch.latency.timing import Item, Network, NetworkLatency, Timing, TimmNetwork, item_from_dict, item_to_dict, latency_ms
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
 
 BLOCKS_PER_STEP = 24
 DISPUTE = 0.1
+TIMM_BYTES = 100 << 20
 BYTES_PER_STEP = 400 << 20
 """Weights of the networks that are interleaved with each other; a runtime may hold them three times over."""
 
@@ -102,7 +103,7 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
     How warm a block runs depends on the blocks it takes turns with, so each group of blocks gets its share of every size. Reads of
     memory are a group of their own.
     """
-    blocks = [item for item in items if not isinstance(item, Arch | MemoryRead)]
+    blocks = [item for item in items if not isinstance(item, Network | MemoryRead)]
     reads = [item for item in items if isinstance(item, MemoryRead)]
     sizes = np.array([_size_bytes(block) for block in blocks])
     n_groups = max(-(-len(blocks) // BLOCKS_PER_STEP), int(sizes.sum() // BYTES_PER_STEP) + 1) if blocks else 0
@@ -112,20 +113,22 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
         alike = by_size[start : start + n_groups]
         for group, index in zip(rng.permutation(n_groups)[: len(alike)], alike, strict=True):
             groups[group].append(blocks[index])
-    archs = [item for item in items if isinstance(item, Arch)]
+    networks = [item for item in items if isinstance(item, Network)]
     held = 0
-    for arch in (archs[i] for i in rng.permutation(len(archs))):
-        size = _size_bytes(arch)
+    for network in (networks[i] for i in rng.permutation(len(networks))):
+        size = _size_bytes(network)
         if not held or held + size > BYTES_PER_STEP:
             groups.append([])
             held = 0
-        groups[-1].append(arch)
+        groups[-1].append(network)
         held += size
     return tuple(tuple(group) for group in [*([reads] if reads else []), *groups])
 
 
-def _size_bytes(item: Block | Arch) -> int:
-    """Weights and activations in fp32."""
+def _size_bytes(item: Block | Network) -> int:
+    """Weights and activations in fp32; a guess for a network that only torch could count."""
+    if isinstance(item, TimmNetwork):
+        return TIMM_BYTES
     counted = cost.count(item) if isinstance(item, Arch) else cost.of_block(item)
     return 4 * (counted.params + counted.activations)
 

@@ -14,7 +14,19 @@ import numpy as np
 from lowsearch.arch import Arch, Block, block_from_dict, block_to_dict
 from lowsearch.latency.memory import MemoryRead
 
-Item = Block | Arch | MemoryRead
+
+@dataclass(frozen=True, slots=True)
+class TimmNetwork:
+    """A network of timm by its name, at a resolution."""
+
+    name: str
+    resolution_px: int
+
+
+Network = Arch | TimmNetwork
+Item = Block | Network | MemoryRead
+
+_ITEM_KEYS = ("block", "arch", "memory_bytes", "timm", "resolution_px")
 
 STATES = ("hot", "warm", "cold")
 """The states of the caches that a block is timed in; docs/measurement.md."""
@@ -47,7 +59,7 @@ class Timing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Timing:
-        others = {name: value for name, value in values.items() if name not in ("block", "arch", "memory_bytes")}
+        others = {name: value for name, value in values.items() if name not in _ITEM_KEYS}
         others |= {name: tuple(others[name]) for name in ("hot_ms", "warm_ms", "cold_ms")}
         return cls(item=item_from_dict(values), **others)
 
@@ -91,10 +103,14 @@ def _all(paces: Sequence[float], samples_ms: Sequence[object]) -> Sequence[float
 def item_to_dict(item: Item) -> dict[str, Any]:
     if isinstance(item, MemoryRead):
         return {"memory_bytes": item.n_bytes}
+    if isinstance(item, TimmNetwork):
+        return {"timm": item.name, "resolution_px": item.resolution_px}
     return {"arch": item.to_dict()} if isinstance(item, Arch) else {"block": block_to_dict(item)}
 
 
 def item_from_dict(values: Mapping[str, Any]) -> Item:
     if "memory_bytes" in values:
         return MemoryRead(int(values["memory_bytes"]))
+    if "timm" in values:
+        return TimmNetwork(str(values["timm"]), int(values["resolution_px"]))
     return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])

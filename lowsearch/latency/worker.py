@@ -24,9 +24,10 @@ from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.runtimes import Program, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Device, Target, cuda_slug, load_average, require_attached
 from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer
-from lowsearch.latency.timing import Item, Timing
+from lowsearch.latency.timing import Item, Network, Timing, TimmNetwork
 from lowsearch.model.blocks import LowtentionModule, build_block, randomise
 from lowsearch.model.lowformer import build_model
+from lowsearch.model.zoo import build_timm
 
 MIN_COMPANY = 16
 
@@ -101,7 +102,7 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
 def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator, label: str = "") -> Iterator[Timing]:
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
     prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
-    blocks = [one for one in prepared if not isinstance(one.item, Arch | MemoryRead)]
+    blocks = [one for one in prepared if not isinstance(one.item, Network | MemoryRead)]
     # A few blocks alone would stay warmer than in a network: copies of them, timed for nobody, take turns with them.
     n_company = max(0, MIN_COMPANY - len(blocks)) if blocks else 0
     company = [_prepare(blocks[i % len(blocks)].item, request.target, bench, seed=request.seed + i) for i in range(n_company)]
@@ -126,7 +127,9 @@ def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepare
     """Compile `item` with random weights, and refuse it where the runtime computes something else than torch."""
     if isinstance(item, MemoryRead):
         return _Prepared(item, _Reading(item.n_bytes, bench.torch_device), parity=0.0)
-    if isinstance(item, Arch):
+    if isinstance(item, TimmNetwork):
+        module, channels, px, what = build_timm(item.name, item.resolution_px), 3, item.resolution_px, f"network {item.name}"
+    elif isinstance(item, Arch):
         module, channels, px, what = build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
     else:
         module, channels, px, what = build_block(item), input_channels(item), item.resolution_px, str(item)

@@ -182,13 +182,15 @@ def _styled(figure: go.Figure, *, legend: dict[str, object] | None = None) -> go
     return figure
 
 
-def _scale(axis: Axis, values: Sequence[float]) -> dict[str, object]:
-    """The plot axis of `axis` for `values`. On a logarithmic one the labels are whole numbers, because plotly's own ticks of a short
-    logarithmic axis are single digits."""
-    if not axis.log:
-        return {"title": axis.title}
+def log_ticks(values: Sequence[float]) -> dict[str, object]:
+    """A logarithmic axis for `values` whose labels are whole numbers: plotly's own ticks of a short one are single digits."""
     low, high = min(values, default=1), max(values, default=1)
     digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high / low < 12 else (1, 2, 3, 5) if high / low < 60 else (1, 3)
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-    return {"title": axis.title, "type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _scale(axis: Axis, values: Sequence[float]) -> dict[str, object]:
+    """The plot axis of `axis` for `values`."""
+    return {"title": axis.title, **(log_ticks(values) if axis.log else {})}

@@ -1,0 +1,128 @@
+"""Whole networks of any origin side by side: presets, networks of a study, and timm's, in the protocol that measures everything else.
+
+Nothing is predicted here. All networks are timed in fresh processes, interleaved with each other, after their output was compared with
+torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowsearch import cost
+from lowsearch.arch import Arch
+from lowsearch.errors import UsageError
+from lowsearch.latency.measure import Effort, Launcher, Progress, Request, run_requests, steps
+from lowsearch.latency.pace import step_key, step_paces
+from lowsearch.latency.target import Device, Target, require_attached
+from lowsearch.latency.timing import Timing, TimmNetwork, latency_ms
+from lowsearch.presets import PRESETS
+from lowsearch.published import TOP1_PERCENT
+
+DEFAULT_PX = 224
+EFFORT = Effort(processes=3, round_ms=60.0, max_samples=60)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedNetwork:
+    """One network beside the others."""
+
+    name: str
+    resolution_px: int
+    latency_ms: float
+    latency_std_ms: float
+    """Standard error, from the differences between processes."""
+    wall_over_cpu: float
+    macs: int
+    params: int
+    top1_percent: float | None
+    """Published ImageNet top-1 of the network of this name, whatever resolution it was published at; None where we know none."""
+
+    @property
+    def gmacs_per_s(self) -> float:
+        """Achieved rate: where it differs, MACs and time part."""
+        return self.macs / self.latency_ms / 1e6
+
+
+def compare(
+    names: Sequence[str],
+    target: Target,
+    *,
+    resolution_px: int | None = None,
+    seed: int = 0,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
+    launch: Launcher | None = None,
+    devices: Sequence[Device] | None = None,
+) -> list[ComparedNetwork]:
+    """Measure the networks called `names` (presets, paths of an arch.json, timm's names) on `target`; fastest first.
+
+    `resolution_px` holds for all of them; None: 224 px, and a file's own for an arch.json. Raises UsageError for a name nobody knows,
+    DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
+    """
+    device = require_attached(target, devices=devices)
+    effort = effort or EFFORT
+    items = {name: _item(name, resolution_px) for name in dict.fromkeys(names)}
+    counted = {name: _count(item) for name, item in items.items()}
+    unique = list(dict.fromkeys(items.values()))
+    requests = [
+        Request(target=target, process=p, seed=seed + p, effort=effort, steps=steps(unique, rng=np.random.default_rng((seed, p))))
+        for p in range(effort.processes)
+    ]
+    found: dict[object, list[Timing]] = {item: [] for item in unique}
+    for done, timing in enumerate(run_requests(requests, device, launch=launch), start=1):
+        found[timing.item].append(timing)
+        if progress is not None:
+            progress(done, len(unique) * effort.processes, "networks")
+    paces = step_paces([timing for timings in found.values() for timing in timings])
+    rows = [_row(name, item, counted[name], found[item], paces) for name, item in items.items()]
+    return sorted(rows, key=lambda row: row.latency_ms)
+
+
+def _item(name: str, resolution_px: int | None) -> Arch | TimmNetwork:
+    import dataclasses
+
+    if name in PRESETS:
+        return dataclasses.replace(PRESETS[name], resolution_px=resolution_px or DEFAULT_PX)
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no such file: {name}", hint="give a preset's name, one of timm's, or the arch.json of a network")
+        arch = Arch.from_json(path.read_text(encoding="utf-8"))
+        return arch if resolution_px is None else dataclasses.replace(arch, resolution_px=resolution_px)
+    from lowsearch.model.zoo import check_name  # imports torch
+
+    check_name(name)
+    return TimmNetwork(name, resolution_px or DEFAULT_PX)
+
+
+def _count(item: Arch | TimmNetwork) -> tuple[int, int]:
+    """MACs and params."""
+    if isinstance(item, Arch):
+        counted = cost.count(item)
+    else:
+        from lowsearch.model.zoo import count_timm
+
+        counted = count_timm(item.name, item.resolution_px)
+    return counted.macs, counted.params
+
+
+def _row(
+    name: str,
+    item: Arch | TimmNetwork,
+    counted: tuple[int, int],
+    timings: Sequence[Timing],
+    paces: Mapping[tuple[int, str], Sequence[float]],
+) -> ComparedNetwork:
+    rounds = [timing.hot_ms for timing in timings]
+    pace = [paces[step_key(timing)][0] for timing in timings]
+    processes = [float(np.median(values)) / slower for values, slower in zip(rounds, pace, strict=True)]
+    error = float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
+    return ComparedNetwork(
+        name=name, resolution_px=item.resolution_px, latency_ms=latency_ms(rounds, pace), latency_std_ms=error,
+        wall_over_cpu=max(timing.wall_over_cpu for timing in timings), macs=counted[0], params=counted[1],
+        top1_percent=TOP1_PERCENT.get(name),
+    )  # fmt: skip
