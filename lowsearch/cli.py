@@ -178,6 +178,72 @@ def profile(
         _print_table(f"Latency table of {target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
 
 
+tables = typer.Typer(help="Latency tables as files: show, check, merge, diff.", rich_markup_mode=None)
+app.add_typer(tables, name="table")
+TableName = Annotated[str, typer.Argument(help="A table's file, or its name as rtx3090/eager-fp32-b1-t1.")]
+
+
+@tables.command("show")
+def show_table(name: TableName, as_json: JsonFlag = False) -> None:
+    """What a table holds, what it was measured on and with, and how fast memory was."""
+    from lowsearch.latency.table_tools import open_table
+
+    table = open_table(name)
+    context = table.context
+    facts = {
+        **table.summary(), "device_detail": context.device_detail, "driver": context.driver, "os": context.os,
+        "versions": dict(context.versions), "runtime_options": dict(context.runtime_options), "load_average": context.load_average,
+        "governor": context.governor, "git_sha": context.git_sha,
+        "memory_gb_per_s": {f"{row.n_bytes / 2**20:g} MiB": round(row.n_bytes / row.latency_ms / 1e6, 1) for row in table.memory},
+    }  # fmt: skip
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_table(f"Latency table of {table.target}", ["what", "value"], [[k, _plain(v)] for k, v in facts.items()])
+
+
+@tables.command("check")
+def check_table(name: TableName, as_json: JsonFlag = False) -> int:
+    """Whether a table is whole, and may be used on this machine. Exit code 1 where it may not, 2 where it is damaged."""
+    from lowsearch.latency.table_tools import open_table, why_unusable
+
+    table = open_table(name)
+    reason = why_unusable(table)
+    if as_json:
+        _print_json({**table.summary(), "usable": not reason, "reason": reason})
+    else:
+        typer.echo(f"{table.target}: {len(table.entries)} blocks, whole; {reason or 'may be used here'}")
+    return 1 if reason else 0
+
+
+@tables.command("merge")
+def merge_tables(
+    first: TableName,
+    second: TableName,
+    out: Annotated[Path, typer.Option("--out", help="Folder of tables to write to, as ./merged; the file's place follows its target.")],
+) -> None:
+    """Put two tables of one target, device and version together; where both have a row, the first's stays."""
+    from lowsearch.latency.table_tools import merge, open_table
+
+    merged = merge(open_table(first), open_table(second))
+    path = out / merged.target.table_path
+    if path.exists():
+        raise UsageError(f"{path} exists already", hint="name another folder with --out, or remove the file")
+    typer.echo(merged.save(out))
+
+
+@tables.command("diff")
+def diff_tables(first: TableName, second: TableName, as_json: JsonFlag = False) -> None:
+    """How many times longer the second table's rows took than the first's, by kind of block, and for whole networks."""
+    from lowsearch.latency.table_tools import difference, open_table
+
+    rows = difference(open_table(first), open_table(second))
+    if as_json:
+        _print_json(rows)
+    else:
+        _print_rows(f"{second} over {first}", rows)
+
+
 @app.command()
 def compare(
     networks: Annotated[list[str], typer.Argument(help="Presets, networks of timm by name, or an arch.json; as many as you like.")],
@@ -518,4 +584,5 @@ def _complain(message: str, hint: str | None) -> int:
 
 
 def _verbs() -> set[str]:
-    return {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    return commands | {str(group.name) for group in app.registered_groups}
