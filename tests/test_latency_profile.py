@@ -108,6 +108,22 @@ def test_chosen_blocks_reach_the_edges_of_the_space() -> None:
             assert {getattr(b, field.name) for b in measured} >= {f([getattr(b, field.name) for b in every]) for f in (min, max)}
 
 
+def test_calibration_networks_reach_the_fast_end_of_what_was_measured(tmp_path: Path) -> None:
+    """Not of the MACs: where a call costs more than its arithmetic, the fastest network is the one with fewest blocks."""
+
+    def all_alike(request: Request) -> Iterator[Timing]:
+        for step in request.steps:
+            for item in step:
+                ms = float(len(item.blocks())) if isinstance(item, Arch) else 1.0
+                yield Timing(item=item, process=request.process, hot_ms=(ms,) * 2, warm_ms=(ms,) * 2, cold_ms=(ms,) * 2)
+
+    table = quick(tmp_path, launch=all_alike, space=MICRO, n_calibration=20, effort=dataclasses.replace(QUICK, processes=1))
+    sizes = [len(row.arch.blocks()) for row in table.calibration[MICRO.name]]
+    sample = [len(MICRO.decode(g).blocks()) for g in MICRO.sample(400, rng=np.random.default_rng(9))]
+    assert min(sizes) <= min(sample) and sum(n < np.quantile(sample, 0.1) for n in sizes) >= 3
+    assert choose_networks(MICRO, 20, seed=0, table=table) != choose_networks(MICRO, 20, seed=0)
+
+
 def test_calibration_networks_cover_the_sizes() -> None:
     archs = choose_networks(MICRO, 20, seed=0)
     assert len(set(archs)) == 20 and all(map(MICRO.contains, archs))
@@ -457,4 +473,4 @@ def test_a_whole_profile_of_a_cuda_device(tmp_path: Path, monkeypatch: pytest.Mo
     measured = table.calibration["tiny"]
     mean_ms, std_ms = predictor.predict_archs([row.arch for row in measured])
     assert mean_ms == pytest.approx([row.latency_ms for row in measured], rel=1e-3)
-    assert (std_ms < 0.03 * mean_ms).all()
+    assert (std_ms < 0.035 * mean_ms).all(), "little more than the drift that every table is credited with"
