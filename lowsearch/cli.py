@@ -302,6 +302,9 @@ def run(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     maximum: Annotated[list[str] | None, typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3.")] = None,
     minimum: Annotated[list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8.")] = None,
+    confidence: Annotated[
+        float, typer.Option("--confidence", help="With which a network has to keep a latency limit before it is tried.")
+    ] = 0.9,
     sampler: Annotated[
         Literal["lowsearch", "nsga2", "tpe", "random"], typer.Option("--sampler", help="What proposes networks.")
     ] = "lowsearch",
@@ -329,7 +332,7 @@ def run(
     folder = locations.new("studies") / _study_name(objective if study is None else study)
     asked: dict[str, Any] = {
         "device": device, "runtime": runtime, "precision": precision, "batch": batch, "threads": threads, "space": space, "data": data,
-        "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or []),
+        "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": recipe, "accuracy": accuracy, "final_seeds": final_seeds,
     }  # fmt: skip
@@ -337,7 +340,7 @@ def run(
     if stored is None:
         settings = StudySettings(**asked)
     else:  # A study goes on as it was made; only what was typed is asked of it anew.
-        flags = {"limits": ("maximum", "minimum"), "budget_s": ("budget",)}
+        flags = {"limits": ("maximum", "minimum", "confidence"), "budget_s": ("budget",)}
         typed = {name for name in asked if any(_was_typed(context, flag) for flag in flags.get(name, (name,)))}
         settings = dataclasses.replace(stored, **{name: asked[name] for name in typed})
     with _progress() as progress:

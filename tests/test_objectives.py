@@ -108,3 +108,24 @@ def test_malformed_limits_are_refused_with_a_hint(maxima, minima, message):
 def test_a_percentage_is_answered_with_the_fraction_that_was_meant():
     with pytest.raises(UsageError, match=r"--min accuracy=0\.8"):
         parse_limits(minima=["accuracy=80"])
+
+
+def test_a_surer_limit_lets_fewer_networks_through():
+    from lowsearch.search.estimates import Estimates, excess
+
+    zeros = np.zeros(200)
+    estimates = Estimates(
+        {"latency_ms": np.linspace(2, 4, 200), "macs": zeros, "params": zeros},
+        {"latency_ms": np.full(200, 0.2), "macs": zeros, "params": zeros},
+    )
+    allowed = {c: excess(estimates, parse_limits(maxima=["latency_ms=3"], confidence=c)) == 0 for c in (0.5, 0.9, 0.99)}
+    fastest_refused = {c: estimates.mean["latency_ms"][~mask].min() for c, mask in allowed.items()}
+    # Normal quantiles: 0, 1.2816 and 2.3263 standard deviations below the bound.
+    for confidence, deviations in ((0.5, 0.0), (0.9, 1.2816), (0.99, 2.3263)):
+        assert fastest_refused[confidence] == pytest.approx(3 - deviations * 0.2, abs=0.011)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.49, 1.0, 1.5, float("nan")])
+def test_a_confidence_that_is_none_is_refused(confidence):
+    with pytest.raises(UsageError, match="confidence"):
+        parse_limits(maxima=["latency_ms=3"], confidence=confidence)

@@ -452,8 +452,11 @@ def test_other_settings_are_refused_with_what_to_type(changed, message, hint):
 
 def test_limits_of_a_study_are_quoted_as_flags():
     limits = parse_limits(maxima=["latency_ms=3"], minima=["accuracy=0.8"])
-    with pytest.raises(StudyError, match=r"resume with --min accuracy=0\.8 --max latency_ms=3"):
+    with pytest.raises(StudyError, match=r"resume with --min accuracy=0\.8 --max latency_ms=3,"):
         check_resumable("s", StudySettings(limits=limits), StudySettings())
+    surer = parse_limits(maxima=["latency_ms=3"], confidence=0.99)
+    with pytest.raises(StudyError, match=r"resume with --max latency_ms=3 --confidence 0\.99,"):
+        check_resumable("s", StudySettings(limits=surer), StudySettings(limits=parse_limits(maxima=["latency_ms=3"])))
 
 
 def test_length_and_workers_of_a_study_may_change():
@@ -461,7 +464,7 @@ def test_length_and_workers_of_a_study_may_change():
 
 
 def test_settings_survive_their_file():
-    limits = parse_limits(maxima=["latency_ms=0.1", "params=123456.789"], minima=["accuracy=0.8"])
+    limits = parse_limits(maxima=["latency_ms=0.1", "params=123456.789"], minima=["accuracy=0.8"], confidence=0.95)
     settings = StudySettings(limits=limits, budget_s=90.5, trials=3, accuracy="trained", data="folder:/x y")
     assert StudySettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 

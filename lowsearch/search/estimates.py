@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +17,6 @@ from lowsearch import cost
 from lowsearch.search.objectives import Limit, Metric
 from lowsearch.space import Scorer, SearchSpace
 
-LATENCY_MARGIN = 1.0
-"""A latency limit has to hold at the prediction plus this many standard deviations: a bare mean would break it half the time."""
 ACCURACY_MARGIN = 2.0
 """An accuracy limit has to be out of reach by this many standard deviations before a network is given up untrained."""
 
@@ -82,7 +81,8 @@ class Estimator:
 def excess(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:
     """By how much the estimates break the limits, summed as fractions of the bounds, (n,); 0 where a network may be trained.
 
-    Latency counts with a margin against the network, accuracy with a margin in its favour; limits on unknown metrics do not count.
+    Latency counts at the limit's confidence (a bare mean would break it half the time), accuracy with a margin in its favour; limits on
+    unknown metrics do not count.
     """
     total = np.zeros(len(estimates.mean["macs"]))
     for limit in limits:
@@ -91,7 +91,7 @@ def excess(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:
         value, std = estimates.mean[limit.metric], estimates.std[limit.metric]
         sign = 1.0 if limit.side == "max" else -1.0
         if limit.metric == "latency_ms":
-            value = value + sign * LATENCY_MARGIN * std
+            value = value + sign * NormalDist().inv_cdf(limit.confidence) * std
         elif limit.metric == "accuracy":
             value = value - sign * ACCURACY_MARGIN * std
         total += np.maximum(limit.excess(value), 0.0) / max(limit.bound, 1e-12)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,6 +113,9 @@ def parse_objectives(text: str) -> Objectives:
     return Objectives(tuple(sorted((OBJECTIVES[n] for n in names), key=lambda o: o.name != "acc")))
 
 
+DEFAULT_CONFIDENCE = 0.9
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
     """A bound that every candidate has to keep."""
@@ -120,6 +123,8 @@ class Limit:
     metric: Metric
     bound: float
     side: Literal["max", "min"]
+    confidence: float = DEFAULT_CONFIDENCE
+    """Probability, by the prediction's own error, with which a latency has to keep the bound before a network is tried."""
 
     def __str__(self) -> str:
         return f"{self.metric} {'<=' if self.side == 'max' else '>='} {self.bound:g}"
@@ -134,8 +139,10 @@ METRICS: tuple[Metric, ...] = ("accuracy", "latency_ms", "macs", "params")
 _ALIASES: dict[str, Metric] = {"acc": "accuracy", "val_accuracy": "accuracy", "latency": "latency_ms", "flops": "macs"}
 
 
-def parse_limits(*, maxima: Iterable[str] = (), minima: Iterable[str] = ()) -> tuple[Limit, ...]:
+def parse_limits(*, maxima: Iterable[str] = (), minima: Iterable[str] = (), confidence: float = DEFAULT_CONFIDENCE) -> tuple[Limit, ...]:
     """`--max` and `--min` values, each `METRIC=NUMBER`, as limits. Raises UsageError on malformed, repeated and contradicting ones."""
+    if not 0.5 <= confidence < 1:
+        raise UsageError(f"confidence is {confidence!r}, expected 0.5 (the prediction alone) to below 1", hint="--confidence 0.9")
     limits = [_parse_limit(text, "max") for text in maxima] + [_parse_limit(text, "min") for text in minima]
     kept: dict[tuple[str, str], Limit] = {}
     for limit in limits:
@@ -146,7 +153,8 @@ def parse_limits(*, maxima: Iterable[str] = (), minima: Iterable[str] = ()) -> t
         low, high = kept.get((metric, "min")), kept.get((metric, "max"))
         if low and high and low.bound > high.bound:
             raise UsageError(f"no {metric} is at least {low.bound:g} and at most {high.bound:g}", hint="swap the bounds or drop one")
-    return tuple(sorted(kept.values(), key=lambda x: (METRICS.index(x.metric), x.side)))
+    ordered = sorted(kept.values(), key=lambda x: (METRICS.index(x.metric), x.side))
+    return tuple(replace(limit, confidence=confidence) for limit in ordered)
 
 
 def _parse_limit(text: str, side: Literal["max", "min"]) -> Limit:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lowsearch.errors import StudyError, UsageError
-from lowsearch.search.objectives import Limit, Objectives, parse_limits, parse_objectives
+from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 
 SamplerName = Literal["lowsearch", "nsga2", "tpe", "random"]
 AccuracyKind = Literal["trained", "params", "macs"]
@@ -76,6 +76,11 @@ class StudySettings:
         return parse_objectives(self.objective)
 
     @property
+    def confidence(self) -> float:
+        """With which a latency limit has to be kept."""
+        return self.limits[0].confidence if self.limits else DEFAULT_CONFIDENCE
+
+    @property
     def search_budget_s(self) -> float | None:
         """Seconds of search, None where only the number of trials ends it."""
         return self.budget_s if self.budget_s is not None or self.trials is not None else DEFAULT_BUDGET_S
@@ -83,7 +88,8 @@ class StudySettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for study.yaml; `from_dict` inverts it."""
         values = dataclasses.asdict(self)
-        values["limits"] = {side: [f"{x.metric}={x.bound!r}" for x in self.limits if x.side == side] for side in ("max", "min")}
+        bounds = {side: [f"{x.metric}={x.bound!r}" for x in self.limits if x.side == side] for side in ("max", "min")}
+        values["limits"] = {**bounds, "confidence": self.confidence}
         return values
 
     @classmethod
@@ -94,9 +100,10 @@ class StudySettings:
             if wrong:
                 raise StudyError(f"{kind} setting {min(wrong)!r}", hint="the study was made by another version, or study.yaml was edited")
         limits = values["limits"]
-        if not isinstance(limits, Mapping) or set(limits) != {"max", "min"}:
-            raise StudyError(f"limits are {limits!r}, expected lists max and min")
-        return cls(**{**values, "limits": parse_limits(maxima=limits["max"], minima=limits["min"])})
+        if not isinstance(limits, Mapping) or set(limits) != {"max", "min", "confidence"}:
+            raise StudyError(f"limits are {limits!r}, expected lists max and min, and confidence")
+        parsed = parse_limits(maxima=limits["max"], minima=limits["min"], confidence=limits["confidence"])
+        return cls(**{**values, "limits": parsed})
 
 
 EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds")
@@ -121,7 +128,9 @@ def check_resumable(name: str, stored: StudySettings, asked: StudySettings) -> N
 
 def _as_flags(name: str, value: Any) -> str:
     if name == "limits":
-        return " ".join(f"--{x.side} {x.metric}={x.bound:g}" for x in value)
+        flags = [f"--{x.side} {x.metric}={x.bound:g}" for x in value]
+        confidences = {x.confidence for x in value} - {DEFAULT_CONFIDENCE}
+        return " ".join([*flags, *(f"--confidence {confidence:g}" for confidence in confidences)])
     return f"--{name.replace('_', '-')} {value}" if value is not None else ""
 
 
