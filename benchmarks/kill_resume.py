@@ -100,7 +100,8 @@ def _table_keys(folder: Path) -> list[str]:
     for path in (folder / "latency_tables").rglob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines()[1:]:
             values = json.loads(line)
-            keys.append(json.dumps({k: values[k] for k in ("kind", "block", "arch") if k in values}, sort_keys=True))
+            # Which networks calibrate depends on the block times of the run: only their number must agree.
+            keys.append(json.dumps({k: values[k] for k in ("memory_bytes", "block", "space") if k in values}, sort_keys=True))
     return keys
 
 
