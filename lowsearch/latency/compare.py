@@ -6,6 +6,7 @@ torch's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lowsearch.errors import UsageError
 from lowsearch.latency.measure import Effort, Launcher, Progress, Request, run_requests, steps
 from lowsearch.latency.pace import step_key, step_paces
 from lowsearch.latency.target import Device, Target, require_attached
-from lowsearch.latency.timing import Timing, TimmNetwork, latency_ms
+from lowsearch.latency.timing import Timing, TimmNetwork, latency_ms, standard_error_ms
 from lowsearch.presets import PRESETS
 from lowsearch.published import TOP1_PERCENT
 
@@ -83,8 +84,6 @@ def compare(
 
 
 def _item(name: str, resolution_px: int | None) -> Arch | TimmNetwork:
-    import dataclasses
-
     if name in PRESETS:
         return dataclasses.replace(PRESETS[name], resolution_px=resolution_px or DEFAULT_PX)
     if name.endswith(".json"):
@@ -119,10 +118,8 @@ def _row(
 ) -> ComparedNetwork:
     rounds = [timing.hot_ms for timing in timings]
     pace = [paces[step_key(timing)][0] for timing in timings]
-    processes = [float(np.median(values)) / slower for values, slower in zip(rounds, pace, strict=True)]
-    error = float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
     return ComparedNetwork(
-        name=name, resolution_px=item.resolution_px, latency_ms=latency_ms(rounds, pace), latency_std_ms=error,
+        name=name, resolution_px=item.resolution_px, latency_ms=latency_ms(rounds, pace), latency_std_ms=standard_error_ms(rounds, pace),
         wall_over_cpu=max(timing.wall_over_cpu for timing in timings), macs=counted[0], params=counted[1],
         top1_percent=TOP1_PERCENT.get(name),
     )  # fmt: skip

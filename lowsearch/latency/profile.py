@@ -148,8 +148,8 @@ def choose_networks(space: SearchSpace, n: int, *, seed: int, table: LatencyTabl
     log size from the smallest networks of the space up to the median.
 
     Size is the sum of the hot times that `table` knows of the blocks or predicts, or MACs without a table. A search goes to the fast
-    end, where hardly any random network lies and where the overhead of a call weighs most. Chosen by MACs, these networks left those
-    that a search then found predicted 16 % too fast; chosen by time, 4 %.
+    end, where hardly any random network lies and where the overhead of a call weighs most. The smallest by MACs are not the
+    fastest: there a network's time is the number of its blocks.
     """
     rng = np.random.default_rng(seed)
     size = space.block_sums(np.array([[ms] for ms in _block_sizes(space, table)], dtype=float))

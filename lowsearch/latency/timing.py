@@ -80,10 +80,7 @@ class NetworkLatency:
     @property
     def latency_std_ms(self) -> float:
         """Standard error of `latency_ms`, from the differences between processes; 0 where there was only one."""
-        processes = [
-            float(np.median(rounds)) / pace for rounds, pace in zip(self.samples_ms, _all(self.paces, self.samples_ms), strict=True)
-        ]
-        return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
+        return standard_error_ms(self.samples_ms, self.paces)
 
 
 def latency_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
@@ -93,6 +90,12 @@ def latency_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = (
     """
     at_pace = [np.divide(rounds, pace) for rounds, pace in zip(samples_ms, _all(paces, samples_ms), strict=True)]
     return float(np.percentile(np.concatenate(at_pace), 25))
+
+
+def standard_error_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
+    """Standard error of `latency_ms`, from the differences between processes; 0 where there was only one."""
+    processes = [float(np.median(rounds)) / pace for rounds, pace in zip(samples_ms, _all(paces, samples_ms), strict=True)]
+    return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
 
 
 def _all(paces: Sequence[float], samples_ms: Sequence[object]) -> Sequence[float]:
