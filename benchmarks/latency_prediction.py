@@ -5,7 +5,7 @@
 
 Needs the latency table of this machine (`lowsearch profile`). Beside ours: the raw sum of hot blocks, and straight lines in the MACs and
 in the parameters, fitted on the same calibration networks. The noise floor is the same network measured in two fresh processes, and
-says how much of an error is the measurement's. ANCHORS of the calibration networks are measured once more beside the held-out ones: a
+says how much of an error is the measurement's. Eight of the calibration networks are measured once more beside the held-out ones: a
 shared machine is faster or slower by some percent than when its table was made, and their median ratio, the pace, is divided out of what
 was measured. Errors without that are printed too. Writes benchmarks/results/latency_prediction-<space>-<runtime>.json with every network.
 """
@@ -34,7 +34,6 @@ from lowsearch.latency.timing import NetworkLatency, latency_ms
 from lowsearch.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results"
-ANCHORS = 8
 GOALS = {"lowformer": {"mape": 0.04, "within_10": 0.97, "spearman": 0.98}, "lowformer-micro": {"mape": 0.06}}
 
 
@@ -60,9 +59,10 @@ def main() -> None:
         rows, anchors = ([_network(values) for values in stored[name]] for name in ("networks", "anchors"))
     else:
         archs = held_out(space, table, arguments.networks, seed=arguments.seed)
-        chosen = table.calibration[space.name][:: max(1, len(table.calibration[space.name]) // ANCHORS)][:ANCHORS]
         started = time.perf_counter()
-        measured = measure_networks([*archs, *(row.arch for row in chosen)], target, seed=arguments.seed, progress=_print_progress)
+        measured = measure_networks(
+            [*archs, *(row.arch for row in table.anchors(space.name))], target, seed=arguments.seed, progress=_print_progress
+        )
         rows, anchors = measured[: len(archs)], measured[len(archs) :]
         context, seconds = dataclasses.asdict(here), round(time.perf_counter() - started, 1)
 

@@ -492,8 +492,13 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     limit = summary["limit"]
     if limit["limited"]:
         _tell(
-            f"{limit['broken']} of {limit['limited']} finalists break the latency limit, the worst by {100 * limit['worst_excess']:.1f} %"
+            f"{limit['broken']} of {limit['limited']} shortlisted networks broke the latency limit when measured, "
+            f"the worst by {100 * limit['worst_excess']:.1f} %; a network over it is trained only where none keeps it"
         )
+    pace = summary["pace"]
+    if pace is not None and abs(pace - 1) >= 0.02:
+        change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"
+        _tell(f"the machine was {change} when it measured the shortlist than when it measured the table")
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
     _tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} finalists ({spent})")
 

@@ -20,7 +20,6 @@ from lowsearch.search.finalists import (
     MIN_PROPOSALS,
     FinalPlan,
     choose,
-    measure_planned,
     plan_finals,
     train_planned,
     trainings_done,
@@ -28,6 +27,7 @@ from lowsearch.search.finalists import (
 )
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.settings import StudySettings
+from lowsearch.search.shortlist import MAX_SHORTLISTED, Measurement, Measurements, measure, shortlist, write_shortlist
 from lowsearch.search.storage import Candidate
 
 _spec = importlib.util.spec_from_file_location("study_fakes", Path(__file__).with_name("study_fakes.py"))
@@ -64,14 +64,25 @@ def parts(folder=Path(), **changes):
 
 
 def finish(folder, settings, found, **changes):
-    """Plan, train, measure and write; returns what write_finals returns and the rows of finalists.csv."""
+    """Measure, plan, train and write; returns how the limit held and the rows of finalists.csv."""
     made = parts(folder, **changes)
-    plan = plan_finals(folder, settings, made, found, REFERENCE, schedule_cpu_s=10.0)
+    plan, measured = plan_finals(folder, settings, made, found, REFERENCE, schedule_cpu_s=10.0)
     train_planned(folder, made)
-    measured = measure_planned(folder, plan, made, None)
-    finals = write_finals(folder, settings, made, plan, measured, describe=lambda archs: None)
-    with (folder / "finalists.csv").open(newline="") as file:
-        return finals, list(csv.DictReader(file))
+    write_finals(folder, settings, made, plan, measured, describe=lambda archs: None)
+    check = write_shortlist(folder, settings, made, measured)
+    return check, rows_of(folder / "finalists.csv")
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def chosen_from(found, settings=SETTINGS, measured=None):
+    """The finalists of a search that found `found`."""
+    made = parts()
+    listed = shortlist(settings, made, found, REFERENCE)
+    return choose(settings, made, listed, measured or Measurements(), REFERENCE)
 
 
 def proposals(finalists):
@@ -88,7 +99,7 @@ def ms(archs):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_family_and_the_best_cover_of_the_proposals_are_chosen(seed):
     found = make_candidates(40, seed=seed)
-    finalists = choose(SETTINGS, parts(), found, REFERENCE)
+    finalists = chosen_from(found)
     assert [f.name for f in finalists if f.origin == "family"] == list(SPACE.family)
     chosen = proposals(finalists)
     assert MIN_PROPOSALS <= len(chosen) <= MAX_PROPOSALS
@@ -102,14 +113,14 @@ def test_dominated_proposals_fill_up():
     genomes = SPACE.sample(30, rng=np.random.default_rng(1))
     best = int(np.argmin(ms([SPACE.decode(g) for g in genomes])))
     found = [candidate(i, g, accuracy=0.9 if i == best else 0.5) for i, g in enumerate(genomes)]
-    chosen = choose(SETTINGS, parts(), found, REFERENCE)
+    chosen = chosen_from(found)
     assert len(chosen) == MIN_PROPOSALS
     assert SPACE.decode(genomes[best]).arch_id in {f.arch_id for f in chosen}
 
 
 def test_a_few_proposals_are_all_chosen():
     found = make_candidates(3)
-    assert len(proposals(choose(SETTINGS, parts(), found, REFERENCE))) == 3
+    assert len(proposals(chosen_from(found))) == 3
 
 
 def test_networks_that_broke_a_limit_or_were_not_scored_are_not_chosen():
@@ -117,7 +128,7 @@ def test_networks_that_broke_a_limit_or_were_not_scored_are_not_chosen():
     settings = dataclasses.replace(SETTINGS, limits=limits)
     found = make_candidates(40)
     found += [dataclasses.replace(found[20], number=200, state="pruned"), dataclasses.replace(found[21], number=201, accuracy=math.nan)]
-    chosen = proposals(choose(settings, parts(), found, REFERENCE))
+    chosen = proposals(chosen_from(found, settings))
     assert chosen
     mean_ms, std_ms = fakes.FakeLatency().predict(np.stack([SPACE.encode(f.arch) for f in chosen]))
     assert (mean_ms + std_ms <= 0.3).all()
@@ -126,12 +137,12 @@ def test_networks_that_broke_a_limit_or_were_not_scored_are_not_chosen():
 
 def test_a_plan_is_kept_until_the_search_has_gone_on(tmp_path):
     found = make_candidates(10)
-    first = plan_finals(tmp_path, SETTINGS, parts(), found, REFERENCE, schedule_cpu_s=1.0)
+    first, measured = plan_finals(tmp_path, SETTINGS, parts(), found, REFERENCE, schedule_cpu_s=1.0)
     other_estimates = [dataclasses.replace(c, accuracy=0.5) for c in found]
-    assert plan_finals(tmp_path, SETTINGS, parts(), other_estimates, REFERENCE, schedule_cpu_s=1.0) == first
+    assert plan_finals(tmp_path, SETTINGS, parts(), other_estimates, REFERENCE, schedule_cpu_s=1.0) == (first, measured)
     assert FinalPlan.load(tmp_path) == first
     more = [*found, candidate(300, SPACE.sample(1, rng=np.random.default_rng(9))[0], accuracy=0.99)]
-    later = plan_finals(tmp_path, SETTINGS, parts(), more, REFERENCE, schedule_cpu_s=1.0)
+    later, _ = plan_finals(tmp_path, SETTINGS, parts(), more, REFERENCE, schedule_cpu_s=1.0)
     assert later.n_candidates == first.n_candidates + 1
     assert later.seeds == first.seeds
 
@@ -139,14 +150,14 @@ def test_a_plan_is_kept_until_the_search_has_gone_on(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "schedule_cpu_s", "n_seeds"),
     [
-        (StudySettings(budget_s=480.0, workers=2), 20.0, 1),
+        (StudySettings(budget_s=480.0, workers=2), 30.0, 1),
         (StudySettings(budget_s=3600.0, workers=2), 20.0, 2),
         (StudySettings(trials=10), 1.0, 1),
         (StudySettings(budget_s=480.0, final_seeds=3), 20.0, 3),
     ],
 )
 def test_a_second_seed_is_spent_where_the_budget_allows_it(tmp_path, settings, schedule_cpu_s, n_seeds):
-    plan = plan_finals(tmp_path, settings, parts(), make_candidates(10), REFERENCE, schedule_cpu_s=schedule_cpu_s)
+    plan, _ = plan_finals(tmp_path, settings, parts(), make_candidates(10), REFERENCE, schedule_cpu_s=schedule_cpu_s)
     assert len(set(plan.seeds)) == n_seeds
     assert settings.seed not in plan.seeds
 
@@ -163,7 +174,7 @@ def test_every_finalist_is_trained_once_for_every_seed_and_never_again(tmp_path)
 
     settings = dataclasses.replace(SETTINGS, final_seeds=2)
     made = parts(tmp_path, train_final=train)
-    plan = plan_finals(tmp_path, settings, made, make_candidates(10), REFERENCE, schedule_cpu_s=1.0)
+    plan, _ = plan_finals(tmp_path, settings, made, make_candidates(10), REFERENCE, schedule_cpu_s=1.0)
     train_planned(tmp_path, made)
     train_planned(tmp_path, made)
     assert sorted(asked) == sorted((f.arch_id, seed) for f in plan.finalists for seed in plan.seeds)
@@ -190,29 +201,56 @@ def test_a_training_that_died_is_the_only_one_repeated(tmp_path):
     assert asked[4] == asked[3]
 
 
-def test_finalists_are_measured_together_and_once(tmp_path):
+def test_the_shortlist_is_measured_together_and_once(tmp_path):
     calls = []
 
-    def measure(archs, progress):
-        calls.append(len(archs))
+    def measured_again(archs, progress):
+        calls.append(list(archs))
         return fakes.measure(archs, progress)
 
-    made = parts(tmp_path, measure=measure)
-    plan = plan_finals(tmp_path, SETTINGS, made, make_candidates(10), REFERENCE, schedule_cpu_s=1.0)
-    first = measure_planned(tmp_path, plan, made, None)
-    assert measure_planned(tmp_path, plan, made, None) == first
-    assert calls == [len(plan.finalists)]
+    made = parts(tmp_path, measure=measured_again)
+    archs = [SPACE.decode(c.genome) for c in shortlist(SETTINGS, made, make_candidates(40), REFERENCE)]
+    first = measure(tmp_path, made, archs, None)
+    assert len(first.networks) == len(SPACE.family) + MAX_SHORTLISTED
+    assert measure(tmp_path, made, archs, None) == first
+    assert measure(tmp_path, made, archs[:5], None) == first, "a part of what was measured is not measured again"
+    assert calls == [archs]
+
+
+def test_networks_of_the_table_measured_again_tell_the_pace(tmp_path):
+    genomes = SPACE.sample(5, rng=np.random.default_rng(3))
+    anchors = [(SPACE.decode(g), 1.03 * float(ms([SPACE.decode(g)])[0]) / 1.2) for g in genomes]  # The fakes measure 1.03 predictions.
+    archs = list(SPACE.family.values())
+    found = measure(tmp_path, parts(tmp_path, anchors=anchors), archs, None)
+    assert found.pace == pytest.approx(1.2)
+    assert found.networks.keys() == {arch.arch_id for arch in archs}
+    assert math.isnan(measure(tmp_path / "other", parts(tmp_path), archs, None).pace), "no network of the table, no pace"
+
+
+def test_who_is_chosen_goes_by_what_was_measured():
+    """Of networks that are equal by prediction and accuracy, the one that measures fastest is chosen, and those over the limit are not."""
+    found = make_candidates(60, seed=4)
+    limit_ms = 0.9 * float(np.median(ms([SPACE.decode(c.genome) for c in found if c.origin == "proposed"])))
+    settings = dataclasses.replace(SETTINGS, limits=parse_limits(maxima=[f"latency_ms={limit_ms}"]))
+    listed = [c for c in shortlist(settings, parts(), found, REFERENCE) if c.origin == "proposed"]
+    assert len(listed) > MIN_PROPOSALS
+    slow = [SPACE.decode(c.genome).arch_id for c in listed[::2]]
+    rows = {SPACE.decode(c.genome).arch_id: Measurement(0.5 * limit_ms, 0.001, 0.5 * limit_ms) for c in listed}
+    rows |= {arch_id: Measurement(1.01 * limit_ms, 0.001, 0.5 * limit_ms) for arch_id in slow}
+    chosen = {f.arch_id for f in proposals(chosen_from(found, settings, Measurements(networks=rows)))}
+    assert chosen and not chosen & set(slow)
+    all_slow = Measurements(networks={arch_id: Measurement(1.2 * limit_ms, 0.001, limit_ms) for arch_id in rows})
+    assert proposals(chosen_from(found, settings, all_slow)), "where none keeps the limit, the front is still shown"
 
 
 # The files
 
 
 def test_the_front_is_what_nothing_dominates_by_validation_accuracy_and_measured_latency(tmp_path):
-    finals, rows = finish(tmp_path, SETTINGS, make_candidates(30))
+    _, rows = finish(tmp_path, SETTINGS, make_candidates(30))
     values = np.array([[-float(row["val_accuracy"]), math.log(float(row["latency_ms"]))] for row in rows])
     assert [row["on_front"] == "true" for row in rows] == pareto.non_dominated(values).tolist()
-    with (tmp_path / "front.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == [row for row in rows if row["on_front"] == "true"]
+    assert rows_of(tmp_path / "front.csv") == [row for row in rows if row["on_front"] == "true"]
     assert {row["latency_source"] for row in rows} == {"measured"}
     for row in rows:
         assert float(row["latency_ms"]) == pytest.approx(1.03 * float(row["predicted_latency_ms"]), rel=1e-6)
@@ -242,16 +280,17 @@ def test_writing_again_changes_nothing(tmp_path):
 def test_how_many_proposals_broke_their_limit_and_by_how_much(tmp_path, factor, broken):
     settings = dataclasses.replace(SETTINGS, limits=parse_limits(maxima=["latency_ms=0.4"]))
 
-    def measure(archs, progress):
+    def measured(archs, progress):
         return [fakes.FakeMeasured(factor * float(x), 0.001) for x in ms(archs)]
 
-    finals, rows = finish(tmp_path, settings, make_candidates(40), measure=measure)
-    own = [row for row in rows if row["origin"] != "family"]
+    check, rows = finish(tmp_path, settings, make_candidates(40), measure=measured)
+    own = [row for row in rows_of(tmp_path / "shortlist.csv") if row["origin"] != "family"]
     over = [row for row in own if float(row["latency_ms"]) > 0.4]
     assert [row["over_limit"] == "true" for row in rows] == [float(row["latency_ms"]) > 0.4 for row in rows]
-    assert (finals.n_limited, finals.n_over_limit) == (len(own), len(over))
-    assert broken is None or finals.n_over_limit == broken
-    assert broken == 0 or finals.worst_excess == pytest.approx(max(float(row["latency_ms"]) for row in own) / 0.4 - 1, rel=1e-6)
+    assert not any(row["over_limit"] == "true" for row in rows if row["origin"] != "family"), "what broke its limit is not trained"
+    assert (check.limited, check.broken) == (len(own), len(over))
+    assert check.broken == 0 if broken == 0 else check.broken > 0
+    assert broken == 0 or check.worst_excess == pytest.approx(max(float(row["latency_ms"]) for row in own) / 0.4 - 1, rel=1e-6)
 
 
 def test_the_standard_error_joins_the_draw_of_images_and_the_spread_of_two_seeds(tmp_path):
@@ -281,3 +320,4 @@ def test_without_a_device_the_predictions_stand_and_say_so(tmp_path):
     assert {row["latency_source"] for row in rows} == {"table"}
     assert all(row["latency_ms"] == row["predicted_latency_ms"] for row in rows)
     assert not (tmp_path / "measurements.json").exists()
+    assert not (tmp_path / "shortlist.csv").exists()

@@ -128,6 +128,18 @@ def make_study(folder: Path, *, finished: bool = True, seed: int = 0, limit_ms: 
             row["on_front"] = not any(o["latency_ms"] < row["latency_ms"] and o["val_accuracy"] > row["val_accuracy"] for o in finalists)
         write_csv(folder / "finalists.csv", finalists)
         write_csv(folder / "front.csv", [row for row in finalists if row["on_front"]])
+        names = (
+            "arch_id",
+            "name",
+            "origin",
+            "latency_ms",
+            "latency_std_ms",
+            "latency_source",
+            "predicted_latency_ms",
+            "limit_ms",
+            "over_limit",
+        )
+        write_csv(folder / "shortlist.csv", [{name: row[name] for name in names} for row in finalists])
     return folder
 
 
@@ -149,7 +161,7 @@ def final(arch_id: str, *, ms: float, val: float, test: float | None = None, ori
 
 
 def study_of(*finalists: Network, **settings: Any) -> StudyFiles:
-    return StudyFiles(folder=Path("made-up"), settings=settings, finalists=finalists)
+    return StudyFiles(folder=Path("made-up"), settings=settings, finalists=finalists, shortlist=finalists)
 
 
 # ---- reading
@@ -320,6 +332,14 @@ def test_prediction_error_is_of_measured_networks_only():
     assert error.n_networks == 3
     assert error.median == pytest.approx(0.1)
     assert error.worst == pytest.approx(0.3)
+    assert math.isnan(error.beyond_pace)
+
+
+def test_the_pace_of_the_machine_is_told_from_the_error_of_the_prediction():
+    measured = [final(str(i), ms=1.2 * ms, val=0.9, predicted_latency_ms=1.0) for i, ms in enumerate((0.9, 1.0, 1.02))]
+    study = study_of(*measured, pace=1.2)
+    assert tables.prediction_error(study).beyond_pace == pytest.approx(0.02)
+    assert "20.0 % slower" in sections.limit_card(study).explanation
 
 
 # ---- tables: costs, stages, numbers
@@ -562,8 +582,8 @@ def test_key_figures_state_numbers_with_their_errors(finished: StudyFiles):
 
 
 def test_a_study_without_a_limit_says_so(finished: StudyFiles):
-    free = replace(finished, finalists=tuple(replace(n, limit_ms=float("nan"), over_limit=False) for n in finished.finalists))
-    assert "no latency limit was set" in sections.key_figures(free)[-1].explanation
+    free = replace(finished, shortlist=tuple(replace(n, limit_ms=float("nan"), over_limit=False) for n in finished.shortlist))
+    assert sections.key_figures(free)[-1].word == "Latency off its prediction"
 
 
 def test_page_of_a_running_study_says_what_is_not_there_yet(running: StudyFiles):

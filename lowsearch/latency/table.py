@@ -53,6 +53,9 @@ class BlockLatency:
     source: Source = "measured"
 
 
+ANCHORS = 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyTable:
     """The measurements of one target. Resolution is part of a Block, so one table serves several search spaces."""
@@ -70,6 +73,11 @@ class LatencyTable:
         if block not in self.entries:
             raise MissingBlockError(f"no measurement of {block} in the table of {self.target}", hint=self.target.profile_command)
         return self.entries[block]
+
+    def anchors(self, space: str) -> tuple[NetworkLatency, ...]:
+        """A few of the networks that were measured for `space`: measured again, they tell how fast the machine is now."""
+        known = self.calibration.get(space, ())
+        return known[:: max(1, len(known) // ANCHORS)][:ANCHORS]
 
     def summary(self) -> dict[str, Any]:
         """What the table holds and on what it was measured, as one row of a report."""

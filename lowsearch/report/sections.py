@@ -11,7 +11,7 @@ from typing import Any
 from lowsearch import __version__
 from lowsearch.report import tables
 from lowsearch.report.study_files import Network, StudyFiles
-from lowsearch.report.tables import Estimate, FamilyComparison, duration, milliseconds, percent, plus_minus
+from lowsearch.report.tables import Estimate, FamilyComparison, PredictionError, duration, milliseconds, percent, plus_minus
 
 SOURCES = {
     "measured": "timed on the device itself, in fresh processes, as a whole network or as a single block",
@@ -171,7 +171,7 @@ def key_figures(study: StudyFiles) -> list[Card]:
         _front_card(tables.final_front(study)),
         _hypervolume_card(study),
         *_comparison_cards(tables.against_family(study)),
-        _limit_card(study),
+        limit_card(study),
     ]
     return [card for card in cards if card is not None]
 
@@ -229,18 +229,27 @@ def _error(estimate: Estimate) -> str:
     return plus_minus(100 * estimate.std, 1).strip()
 
 
-def _limit_card(study: StudyFiles) -> Card | None:
+def limit_card(study: StudyFiles) -> Card | None:
+    """How the limit held on the device and how far predictions were off; None where nothing was measured."""
     limits, errors = tables.limits(study), tables.prediction_error(study)
-    worst_off = f"worst {percent(errors.worst)}"
+    worst_off = f"worst {percent(errors.worst)}{_pace(study, errors)}"
     if limits.n_limited:
         side = f"{percent(abs(limits.worst_excess))} {'over' if limits.worst_excess > 0 else 'under'} {limits.limit_ms:g} ms"
-        excess = f"the slowest proposed network is {side}"
-        off = f"; re-measured latency is {percent(errors.median)} off its prediction (median), {worst_off}" if errors.n_networks else ""
-        return Card("Broke the latency limit", str(limits.n_broken), f"of {limits.n_limited}", excess + off)
+        excess = (
+            f"once measured; the slowest is {side}; measured latency is {percent(errors.median)} off its prediction (median), {worst_off}"
+        )
+        return Card("Broke the latency limit", str(limits.n_broken), f"of {limits.n_limited}", excess)
     if errors.n_networks:
-        median = f"median of {errors.n_networks} re-measured networks, {worst_off}; no latency limit was set"
+        median = f"median of {errors.n_networks} measured networks, {worst_off}"
         return Card("Latency off its prediction", percent(errors.median), "", median)
     return None
+
+
+def _pace(study: StudyFiles, errors: PredictionError) -> str:
+    if not math.isfinite(study.pace):
+        return ""
+    change = f"{percent(abs(study.pace - 1))} {'slower' if study.pace > 1 else 'faster'}"
+    return f"; the machine itself was {change} than when its table was measured, and {percent(errors.beyond_pace)} is left beyond that"
 
 
 # ---- the front, the family

@@ -26,7 +26,7 @@ FAMILY = "family"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """One row of candidates.csv, finalists.csv, front.csv or space_sample.csv. Accuracies are fractions."""
+    """One row of candidates.csv, shortlist.csv, finalists.csv, front.csv or space_sample.csv. Accuracies are fractions."""
 
     arch_id: str = ""
     name: str = ""
@@ -82,11 +82,18 @@ class StudyFiles:
     candidates: tuple[Network, ...] = ()
     finalists: tuple[Network, ...] = ()
     front: tuple[Network, ...] = ()
+    shortlist: tuple[Network, ...] = ()
+    """What was measured on the device before the finalists were chosen; none where it was not attached."""
     sample: tuple[Network, ...] = ()
     hypervolume: tuple[HypervolumePoint, ...] = ()
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """arch_id -> {arch: Arch.to_dict(), blocks: [{place, kind, ms, source, macs, params}]}"""
     missing: tuple[str, ...] = ()
+
+    @property
+    def pace(self) -> float:
+        """How many times slower the machine was when the shortlist was measured than when its table was; NaN where not known."""
+        return float(self.settings.get("pace", NAN))
 
     @property
     def name(self) -> str:
@@ -111,6 +118,7 @@ def read_study(folder: Path) -> StudyFiles:
         candidates=read_csv("candidates.csv"),
         finalists=read_csv("finalists.csv"),
         front=read_csv("front.csv"),
+        shortlist=tuple(_table(folder / "shortlist.csv", _network, [])),
         sample=read_csv("space_sample.csv"),
         hypervolume=tuple(_table(folder / "hypervolume.csv", _hypervolume_point, missing)),
         networks=_networks(folder / "networks.json", missing),
@@ -133,6 +141,8 @@ def _settings(path: Path) -> Mapping[str, Any]:
         entries = values.get(name) or {}
         if not isinstance(entries, dict) or (numeric and not all(isinstance(v, int | float) for v in entries.values())):
             raise StudyError(f"{path}: {name} is {entries!r}, expected a mapping{' of names to numbers' if numeric else ''}")
+    if not isinstance(values.get("pace", 1.0), int | float):
+        raise StudyError(f"{path}: pace is {values['pace']!r}, expected a number")
     return values
 
 

@@ -85,7 +85,7 @@ class FamilyComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How the latency limit held once the networks were measured again."""
+    """How the latency limit held once the networks were measured."""
 
     n_limited: int
     """Networks that had a limit."""
@@ -103,6 +103,8 @@ class PredictionError:
     median: float
     """Median of |measured / predicted - 1|."""
     worst: float
+    beyond_pace: float
+    """The median again, once the machine's own change of speed is divided out; NaN where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,25 +323,30 @@ def hypervolumes(study: StudyFiles) -> Hypervolumes | None:
 
 
 def limits(study: StudyFiles) -> Limits:
-    """How the latency limit held over the finalists that the search itself proposed."""
-    limited = [n for n in study.finalists if math.isfinite(n.limit_ms) and not n.is_family]
+    """How the latency limit held over the networks of the search's own that were measured: the shortlist."""
+    limited = [n for n in study.shortlist if math.isfinite(n.limit_ms) and not n.is_family]
     excess = [n.latency_ms / n.limit_ms - 1 for n in limited]
     return Limits(
         n_limited=len(limited),
         n_broken=sum(n.over_limit for n in limited),
         worst_excess=max(excess, default=NAN),
-        limit_ms=max((n.limit_ms for n in limited), default=NAN),
+        limit_ms=max((n.limit_ms for n in (*limited, *study.finalists) if math.isfinite(n.limit_ms)), default=NAN),
     )
 
 
 def prediction_error(study: StudyFiles) -> PredictionError:
-    """How far the measured finalists lie from their predicted latency."""
-    errors = [
-        abs(n.latency_ms / n.predicted_latency_ms - 1)
-        for n in study.finalists
-        if n.latency_source == MEASURED and n.predicted_latency_ms > 0
-    ]
-    return PredictionError(n_networks=len(errors), median=float(np.median(errors)) if errors else NAN, worst=max(errors, default=NAN))
+    """How far the measured networks lie from their predicted latency."""
+    measured = [n for n in study.shortlist if n.latency_source == MEASURED and n.predicted_latency_ms > 0]
+    ratios = np.array([n.latency_ms / n.predicted_latency_ms for n in measured])
+    if not measured:
+        return PredictionError(n_networks=0, median=NAN, worst=NAN, beyond_pace=NAN)
+    off = np.abs(ratios - 1)
+    return PredictionError(
+        n_networks=len(measured),
+        median=float(np.median(off)),
+        worst=float(off.max()),
+        beyond_pace=float(np.median(np.abs(ratios / study.pace - 1))),
+    )
 
 
 def cost_against_latency(networks: Sequence[Network]) -> CostAgainstLatency | None:

@@ -114,7 +114,8 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     return Parts(
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
-        train_final=finalist if trains else None, measure=measure if attached else None, facts=_facts(table, data),
+        train_final=finalist if trains else None, measure=measure if attached else None,
+        anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)], facts=_facts(table, data),
     )  # fmt: skip
 
 

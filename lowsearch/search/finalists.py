@@ -1,7 +1,7 @@
-"""The end of a study: choose the front's members, train them fully with fresh seeds, measure them again, write the front.
+"""The end of a study: choose the front's members from the measured shortlist, train them fully with fresh seeds, write the front.
 
 Scores of the search are estimates, and choosing the best of many estimates flatters them. So every finalist is trained on the whole
-schedule with seeds the search did not use, measured in fresh processes beside the others, and only then is the test split read, once.
+schedule with seeds the search did not use, and only then is the test split read, once.
 Every step leaves its result on disk; a killed study goes on at the step it was in.
 """
 
@@ -25,13 +25,13 @@ from lowsearch.files import write_atomically
 from lowsearch.search import pareto
 from lowsearch.search.estimates import Estimator
 from lowsearch.search.objectives import Metric
-from lowsearch.search.outputs import accuracy_columns, candidate_costs, decode, keeps_limits, write_csv
+from lowsearch.search.outputs import accuracy_columns, decode, write_csv
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import StudySettings
+from lowsearch.search.shortlist import Measurements, best_cover, keeps_latency_limits, largest_allowed_ms, measure, shortlist
 from lowsearch.search.storage import Candidate
 
 PLAN = "finalists.json"
-MEASUREMENTS = "measurements.json"
 MAX_PROPOSALS = 12
 MIN_PROPOSALS = 9
 FINAL_SEED_STREAM = 1_000_003
@@ -104,66 +104,59 @@ class FinalPlan:
             ) from error
 
 
-def choose(settings: StudySettings, parts: Parts, found: Sequence[Candidate], reference_costs: np.ndarray) -> list[Finalist]:
-    """The family, and up to MAX_PROPOSALS of the search's own networks: those that together cover most hypervolume by their estimates.
+def choose(
+    settings: StudySettings, parts: Parts, listed: Sequence[Candidate], measured: Measurements, reference_costs: np.ndarray
+) -> list[Finalist]:
+    """Of the shortlist the family, and up to MAX_PROPOSALS of the search's own networks: those that together cover most hypervolume.
 
-    Where fewer than MIN_PROPOSALS add volume, the next best fill up: retrained, about half of them turn out to be dominated.
+    A network that broke a limit when it was measured is out, unless all did. Where fewer than MIN_PROPOSALS add volume, the next best
+    fill up: trained again, about half of them turn out to be dominated.
     """
-    estimator = Estimator(parts.space, parts.latency)
-    scored = [c for c in found if c.state == "complete" and (not math.isnan(c.accuracy) or "accuracy" not in settings.objectives.metrics)]
-    allowed = [c for c, good in zip(scored, keeps_limits(settings, estimator, scored), strict=True) if good]
-    proposals = [c for c in allowed if c.origin != "family"]
-    chosen = [proposals[i] for i in _best_cover(settings, estimator, proposals, reference_costs)]
-    family = [c for c in found if c.origin == "family" and c.state != "pruned"]
+    proposals = [c for c in listed if c.origin != "family"]
+    found = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in proposals]
+    keeping = [c for c, m in zip(proposals, found, strict=True) if m is None or keeps_latency_limits(settings, m.latency_ms)]
+    chosen = best_cover(
+        settings, parts, keeping or proposals, measured, reference_costs, at_least=MIN_PROPOSALS, at_most=MAX_PROPOSALS
+    )  # fmt: skip
     return [
         Finalist(
             arch=decode(parts.space, c.genome), name=c.name, origin=c.origin, rung=c.rung, estimated_accuracy=c.accuracy,
             accuracy_std=c.accuracy_std, search_val_accuracy=c.val_accuracy,
         )
-        for c in family + sorted(chosen, key=lambda c: c.number)
+        for c in [c for c in listed if c.origin == "family"] + chosen
     ]  # fmt: skip
 
 
-def _best_cover(settings: StudySettings, estimator: Estimator, found: Sequence[Candidate], reference: np.ndarray) -> list[int]:
-    if not found:
-        return []
-    mean = estimator.estimate(np.stack([c.genome for c in found])).mean
-    rows = [{metric: values[i] for metric, values in mean.items()} for i in range(len(found))]
-    costs = candidate_costs(settings, found, rows)
-    chosen: list[int] = []
-    rest = list(range(len(found)))
-    while rest and len(chosen) < MIN_PROPOSALS:  # Layer by layer: the best cover, then the best cover of what it left.
-        layer = [
-            rest[i] for i in pareto.greedy_subset(costs[rest], reference, (MAX_PROPOSALS if not chosen else MIN_PROPOSALS) - len(chosen))
-        ]
-        if not layer:
-            break
-        chosen += layer
-        rest = [i for i in rest if i not in layer]
-    return chosen
-
-
 def plan_finals(
-    folder: Path, settings: StudySettings, parts: Parts, found: Sequence[Candidate], reference_costs: np.ndarray, *, schedule_cpu_s: float
-) -> FinalPlan:
-    """The stored plan, or a new one where there is none or the search has gone on since.
+    folder: Path,
+    settings: StudySettings,
+    parts: Parts,
+    found: Sequence[Candidate],
+    reference_costs: np.ndarray,
+    *,
+    schedule_cpu_s: float,
+    progress: Progress | None = None,
+) -> tuple[FinalPlan, Measurements]:
+    """The stored plan, or a new one where there is none or the search has gone on since; and what was measured for it.
 
-    `schedule_cpu_s` is what a full training costs on average; a second seed is spent where all finals then take less than 40 % of
+    `schedule_cpu_s` is what a full training costs on average; a second seed is spent where all finals then take less than half of
     the search's time.
     """
     n_candidates = sum(c.state == "complete" for c in found)
     stored = FinalPlan.load(folder)
     if stored is not None and stored.n_candidates == n_candidates and settings.final_seeds in (None, len(stored.seeds)):
-        return stored
-    finalists = choose(settings, parts, found, reference_costs)
+        return stored, measure(folder, parts, [f.arch for f in stored.finalists], progress)
+    listed = shortlist(settings, parts, found, reference_costs)
+    measured = measure(folder, parts, [decode(parts.space, c.genome) for c in listed], progress)
+    finalists = choose(settings, parts, listed, measured, reference_costs)
     n_seeds = settings.final_seeds or 1
     if settings.final_seeds is None and settings.budget_s is not None:
         twice_s = 2 * len(finalists) * schedule_cpu_s / settings.workers
-        n_seeds = 2 if 0 < twice_s < 0.4 * settings.budget_s else 1
+        n_seeds = 2 if 0 < twice_s < 0.5 * settings.budget_s else 1
     seeds = np.random.default_rng([settings.seed, FINAL_SEED_STREAM]).integers(2**31, size=n_seeds)
     plan = FinalPlan(finalists=tuple(finalists), seeds=tuple(int(s) for s in seeds), n_candidates=n_candidates)
     plan.save(folder)
-    return plan
+    return plan, measured
 
 
 # Training, in the workers -----------------------------------------------------------------------------------------------
@@ -215,47 +208,7 @@ def _scores(folder: Path, arch_id: str, seeds: Sequence[int]) -> list[FinalScore
     return found
 
 
-# Measuring and writing, in the parent -----------------------------------------------------------------------------------
-
-
-def measure_planned(folder: Path, plan: FinalPlan, parts: Parts, progress: Progress | None) -> dict[str, tuple[float, float]]:
-    """arch_id -> (latency_ms, latency_std_ms) of every finalist, measured side by side; kept, so that a resume does not measure again.
-
-    Empty where the device is not attached.
-    """
-    if parts.measure is None or not plan.finalists:
-        return {}
-    path = folder / MEASUREMENTS
-    wanted = sorted({f.arch_id for f in plan.finalists})
-    if path.exists():
-        try:
-            stored = dict(json.loads(path.read_text(encoding="utf-8")))
-            if sorted(stored) == wanted:
-                return {arch_id: (float(v["latency_ms"]), float(v["latency_std_ms"])) for arch_id, v in stored.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise StudyError(
-                f"{path} is damaged: {error}", hint="remove the file and run the study again: the finalists are measured anew"
-            ) from error
-    measured = parts.measure([f.arch for f in plan.finalists], progress)
-    rows = {}
-    for finalist, latency in zip(plan.finalists, measured, strict=True):
-        raw = {name: getattr(latency, name) for name in ("samples_ms", "wall_over_cpu", "load_average") if hasattr(latency, name)}
-        rows[finalist.arch_id] = {"latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms, **raw}
-    write_atomically(path, json.dumps(rows, indent=1) + "\n")
-    return {arch_id: (row["latency_ms"], row["latency_std_ms"]) for arch_id, row in rows.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finals:
-    """What the end of a study found."""
-
-    rows: list[dict[str, Any]]
-    """Finalists, as in finalists.csv."""
-    n_limited: int
-    n_over_limit: int
-    """Finalists of the search's own whose measured latency breaks the limit."""
-    worst_excess: float
-    """The largest break as a fraction of the limit; 0 where none breaks it."""
+# Writing, in the parent -----------------------------------------------------------------------------------
 
 
 def write_finals(
@@ -263,27 +216,27 @@ def write_finals(
     settings: StudySettings,
     parts: Parts,
     plan: FinalPlan,
-    measured: Mapping[str, tuple[float, float]],
+    measured: Measurements,
     *,
     describe: Callable[[Sequence[Arch]], None],
-) -> Finals:
-    """Write finalists.csv, front.csv and models/<arch_id>/ from the trainings and measurements on disk."""
+) -> list[dict[str, Any]]:
+    """Write finalists.csv, front.csv and models/<arch_id>/ from the trainings and measurements on disk; returns the finalists' rows."""
     trained = parts.train_final is not None and settings.accuracy not in ("params", "macs")
     scores = {f.arch_id: _scores(folder, f.arch_id, plan.seeds) if trained else [] for f in plan.finalists}
     seed_std, seed_std_origin = _seed_spread(plan, scores)
     estimator = Estimator(parts.space, parts.latency)
-    limit_ms = next((x.bound for x in settings.limits if x.metric == "latency_ms" and x.side == "max"), math.nan)
+    limit_ms = largest_allowed_ms(settings)
     rows = []
     for f in plan.finalists:
         estimates = estimator.estimate(parts.space.encode(f.arch)[None])
         mean = {metric: float(values[0]) for metric, values in estimates.mean.items()}
         predicted = (mean["latency_ms"], float(estimates.std["latency_ms"][0]))
-        latency_ms, latency_std_ms = measured.get(f.arch_id, predicted)
+        latency_ms, latency_std_ms, *_ = measured.networks.get(f.arch_id, predicted)
         row: dict[str, Any] = {
             "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_ms": latency_ms, "latency_std_ms": latency_std_ms,
-            "latency_source": "measured" if f.arch_id in measured else parts.latency_source, "predicted_latency_ms": mean["latency_ms"],
-            "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms), "macs": mean["macs"], "params": mean["params"],
-            "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
+            "latency_source": "measured" if f.arch_id in measured.networks else parts.latency_source,
+            "predicted_latency_ms": mean["latency_ms"], "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms),
+            "macs": mean["macs"], "params": mean["params"], "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
         }  # fmt: skip
         if scores[f.arch_id]:
             row |= _trained_columns(scores[f.arch_id], seed_std, seed_std_origin)
@@ -298,9 +251,7 @@ def write_finals(
         _write_model(folder, f, row, scores[f.arch_id], plan.seeds)
     write_csv(folder / "finalists.csv", COLUMNS, rows)
     write_csv(folder / "front.csv", COLUMNS, [row for row in rows if row["on_front"]])
-    own = [row for row in rows if row["origin"] != "family" and not math.isnan(limit_ms)]
-    worst = max((row["latency_ms"] / limit_ms - 1 for row in own), default=0.0)
-    return Finals(rows=rows, n_limited=len(own), n_over_limit=sum(row["over_limit"] for row in own), worst_excess=max(worst, 0.0))
+    return rows
 
 
 def _trained_columns(scores: Sequence[FinalScore], seed_std: float, seed_std_origin: str) -> dict[str, Any]:

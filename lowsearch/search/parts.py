@@ -113,6 +113,8 @@ class Parts:
     """Trains a network with a seed on the full schedule, resumably, and leaves `<path>.safetensors`."""
     measure: Callable[[Sequence[Arch], Progress | None], Sequence[Measured]] | None
     """Measures networks in fresh processes, interleaved; None where the device is not attached."""
+    anchors: Sequence[tuple[Arch, float]] = ()
+    """Some networks of the latency table and their latency_ms there: measured again, they tell the pace of the machine."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What study.yaml states beside the settings: the device's name, versions, hashes, sizes."""
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +39,7 @@ from lowsearch.search.estimates import Estimator, excess, reference_values
 from lowsearch.search.outputs import StudyFiles, decode
 from lowsearch.search.parts import Parts, Progress
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
+from lowsearch.search.shortlist import Measurements, write_shortlist
 from lowsearch.search.storage import Candidate, candidates, enqueue, n_proposals, open_study, reclaim
 from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan, proxy_of
 
@@ -405,24 +406,25 @@ class _Run:
         """Train and measure the finalists, and write what the study found."""
         found = self._scored_anew(candidates(self._study, self._parts.space))
         settings = self._plan.settings
-        plan = finalists.plan_finals(
-            self._folder, settings, self._parts, found, self._plan.reference_costs, schedule_cpu_s=self._schedule_cpu_s()
-        )
+        plan, measured = finalists.plan_finals(
+            self._folder, settings, self._parts, found, self._plan.reference_costs,
+            schedule_cpu_s=self._schedule_cpu_s(), progress=self._progress,
+        )  # fmt: skip
         self._files.describe(f.arch for f in plan.finalists)
         if self._parts.train_final is not None and settings.accuracy not in ("params", "macs"):
             self._train(plan)
         self._clock.tick()
-        measured = finalists.measure_planned(self._folder, plan, self._parts, self._progress)
-        finals = finalists.write_finals(self._folder, settings, self._parts, plan, measured, describe=self._files.describe)
+        rows = finalists.write_finals(self._folder, settings, self._parts, plan, measured, describe=self._files.describe)
         proxy = proxy_of(settings, self._parts)
         self._files.write_sample(None if proxy else self._parts.fit(self._parts.records()))
         self._hypervolume = self._files.refresh(found)
         self._clock.tick(now=True)
-        summary = self._summary(found, finals)
+        summary = self._summary(found, rows, measured)
         write_atomically(self._folder / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
         values = read_study_file(self._folder) or {}
-        write_study_file(self._folder, values | {"spent_s": {phase: round(seconds, 1) for phase, seconds in self._clock.spent_s.items()}})
-        return StudyResult(folder=self._folder, front=[row for row in finals.rows if row["on_front"]], summary=summary)
+        values |= {"spent_s": {phase: round(seconds, 1) for phase, seconds in self._clock.spent_s.items()}}
+        write_study_file(self._folder, values | ({} if math.isnan(measured.pace) else {"pace": round(measured.pace, 4)}))
+        return StudyResult(folder=self._folder, front=[row for row in rows if row["on_front"]], summary=summary)
 
     def _scored_anew(self, found: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with what is estimated of them now: the first were scored when little was known."""
@@ -463,15 +465,16 @@ class _Run:
         finally:
             self._end_workers()
 
-    def _summary(self, found: Sequence[Candidate], finals: finalists.Finals) -> dict[str, Any]:
+    def _summary(self, found: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], measured: Measurements) -> dict[str, Any]:
         scored = [c.origin for c in found if c.state == "complete"]
         return {
             "hypervolume": self._hypervolume,
             "candidates": dict(Counter(c.state for c in found)),
             "scored": dict(Counter(scored)),
-            "finalists": len(finals.rows),
-            "front": sum(row["on_front"] for row in finals.rows),
-            "limit": {"limited": finals.n_limited, "broken": finals.n_over_limit, "worst_excess": finals.worst_excess},
+            "finalists": len(rows),
+            "front": sum(row["on_front"] for row in rows),
+            "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),
+            "pace": None if math.isnan(measured.pace) else measured.pace,
             "ladder": self._ladder_check(),
             "spent_s": dict(self._clock.spent_s),
         }

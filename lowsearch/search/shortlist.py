@@ -1,0 +1,175 @@
+"""Between search and finals: the best candidates are measured on the device, so that who is trained is chosen by real latency.
+
+A prediction is off by some percent, and a limit does not forgive them. Measuring a network takes a second, training it ten times as
+long; so more are measured than are trained, side by side in fresh processes, and a network over its limit is not trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowsearch.arch import Arch
+from lowsearch.errors import StudyError
+from lowsearch.files import write_atomically
+from lowsearch.search import pareto
+from lowsearch.search.estimates import Estimator
+from lowsearch.search.outputs import candidate_costs, decode, keeps_limits, write_csv
+from lowsearch.search.parts import Parts, Progress
+from lowsearch.search.settings import StudySettings
+from lowsearch.search.storage import Candidate
+
+MEASUREMENTS = "measurements.json"
+MAX_SHORTLISTED = 24
+COLUMNS = (
+    "arch_id", "name", "origin", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
+)  # fmt: skip
+_RAW = ("samples_ms", "paces", "wall_over_cpu", "load_average")
+
+
+class Measurement(NamedTuple):
+    """The latency of one network on the device, beside what the search had predicted."""
+
+    latency_ms: float
+    latency_std_ms: float
+    predicted_latency_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What the device said of the shortlist."""
+
+    networks: Mapping[str, Measurement] = field(default_factory=dict)
+    """By arch_id; empty where the device is not attached."""
+    pace: float = math.nan
+    """How many times longer the table's own networks took than when the table was measured; NaN where not known."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Measurements | None:
+        """Those of the study in `folder`, None where nothing was measured. Raises StudyError on a damaged file."""
+        path = folder / MEASUREMENTS
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            networks = {str(row["arch_id"]): Measurement(*(float(row[name]) for name in Measurement._fields)) for row in values["networks"]}
+            return cls(networks=networks, pace=math.nan if values["pace"] is None else float(values["pace"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{path} is damaged: {error}", hint="remove the file and run the study again: the shortlist is measured anew"
+            ) from error
+
+
+def shortlist(settings: StudySettings, parts: Parts, found: Sequence[Candidate], reference_costs: np.ndarray) -> list[Candidate]:
+    """The family, and up to MAX_SHORTLISTED of the search's own networks that by all estimates keep the limits, the best cover first."""
+    estimator = Estimator(parts.space, parts.latency)
+    scored = [c for c in found if c.state == "complete" and (not math.isnan(c.accuracy) or "accuracy" not in settings.objectives.metrics)]
+    allowed = [c for c, good in zip(scored, keeps_limits(settings, estimator, scored), strict=True) if good]
+    proposals = [c for c in allowed if c.origin != "family"]
+    family = [c for c in found if c.origin == "family" and c.state != "pruned"]
+    nothing = Measurements()
+    return family + best_cover(
+        settings, parts, proposals, nothing, reference_costs, at_least=MAX_SHORTLISTED, at_most=MAX_SHORTLISTED
+    )  # fmt: skip
+
+
+def best_cover(
+    settings: StudySettings,
+    parts: Parts,
+    found: Sequence[Candidate],
+    measured: Measurements,
+    reference_costs: np.ndarray,
+    *,
+    at_least: int,
+    at_most: int,
+) -> list[Candidate]:
+    """Those of `found` that together cover most hypervolume by what is known of them, at most `at_most`, in the order of their numbers.
+
+    Where fewer than `at_least` add volume, the best cover of the rest fills up, layer by layer.
+    """
+    if not found:
+        return []
+    mean = dict(Estimator(parts.space, parts.latency).estimate(np.stack([c.genome for c in found])).mean)
+    known = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in found]
+    mean["latency_ms"] = np.array(
+        [predicted if m is None else m.latency_ms for m, predicted in zip(known, mean["latency_ms"], strict=True)]
+    )
+    costs = candidate_costs(settings, found, [{metric: values[i] for metric, values in mean.items()} for i in range(len(found))])
+    chosen: list[int] = []
+    rest = list(range(len(found)))
+    while rest and len(chosen) < at_least:
+        layer = [rest[i] for i in pareto.greedy_subset(costs[rest], reference_costs, (at_least if chosen else at_most) - len(chosen))]
+        if not layer:
+            break
+        chosen += layer
+        rest = [i for i in rest if i not in layer]
+    return sorted((found[i] for i in chosen), key=lambda c: c.number)
+
+
+def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progress | None) -> Measurements:
+    """Measure `archs` side by side and keep it, so that a resume does not measure again; nothing where the device is not attached.
+
+    Some networks of the latency table are measured among them: how much slower they are now is the pace of the machine.
+    """
+    if parts.measure is None or not archs:
+        return Measurements()
+    stored = Measurements.load(folder)
+    if stored is not None and stored.networks.keys() >= {arch.arch_id for arch in archs}:
+        return stored
+    anchors = [(arch, then_ms) for arch, then_ms in parts.anchors if arch not in archs]
+    measured = parts.measure([*archs, *(arch for arch, _ in anchors)], progress)
+    again = [latency.latency_ms / then_ms for latency, (_, then_ms) in zip(measured[len(archs) :], anchors, strict=True)]
+    predicted = Estimator(parts.space, parts.latency).estimate(np.stack([parts.space.encode(arch) for arch in archs]))
+    rows: list[dict[str, Any]] = []
+    for i, (arch, latency) in enumerate(zip(archs, measured, strict=False)):
+        row: dict[str, Any] = {"arch_id": arch.arch_id, "latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms}
+        row |= {"predicted_latency_ms": predicted.mean["latency_ms"][i], "predicted_latency_std_ms": predicted.std["latency_ms"][i]}
+        row |= {name: getattr(latency, name) for name in _RAW if hasattr(latency, name)}
+        rows.append(row)
+    content = {"pace": float(np.median(again)) if again else None, "anchors": len(again), "networks": rows}
+    write_atomically(folder / MEASUREMENTS, json.dumps(content, indent=1, default=float) + "\n")
+    found = Measurements.load(folder)
+    assert found is not None
+    return found
+
+
+def keeps_latency_limits(settings: StudySettings, latency_ms: float) -> bool:
+    """Whether a measured latency is within the study's limits."""
+    return all(float(limit.excess(np.array(latency_ms))) <= 0 for limit in settings.limits if limit.metric == "latency_ms")
+
+
+def largest_allowed_ms(settings: StudySettings) -> float:
+    """The upper limit on latency, NaN where there is none."""
+    return next((limit.bound for limit in settings.limits if limit.metric == "latency_ms" and limit.side == "max"), math.nan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitCheck:
+    """How the latency limit held once the networks of the search's own were measured."""
+
+    limited: int
+    """How many were measured and had a limit."""
+    broken: int
+    worst_excess: float
+    """The largest break as a fraction of the limit; 0 where none breaks it."""
+
+
+def write_shortlist(folder: Path, settings: StudySettings, parts: Parts, measured: Measurements) -> LimitCheck:
+    """Write shortlist.csv, where anything was measured."""
+    limit_ms = largest_allowed_ms(settings)
+    family = {arch.arch_id: name for name, arch in parts.space.family.items()}
+    rows: list[dict[str, Any]] = []
+    for arch_id, m in measured.networks.items():
+        over = m.latency_ms > limit_ms
+        row = {"arch_id": arch_id, "name": family.get(arch_id), "origin": "family" if arch_id in family else "proposed"}
+        rows.append(row | m._asdict() | {"latency_source": "measured", "limit_ms": limit_ms, "over_limit": over})
+    if rows:
+        write_csv(folder / "shortlist.csv", COLUMNS, rows)
+    excess = [m.latency_ms / limit_ms - 1 for arch_id, m in measured.networks.items() if arch_id not in family and limit_ms > 0]
+    return LimitCheck(limited=len(excess), broken=sum(x > 0 for x in excess), worst_excess=max([0.0, *excess]))
