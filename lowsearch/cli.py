@@ -287,6 +287,35 @@ def compare(
 
 
 @app.command()
+def insights(
+    device: DeviceOption = "cpu",
+    runtime: RuntimeOption = "onnxruntime",
+    claim: Annotated[list[int] | None, typer.Option("--claim", help="Only this claim, by its number; may be repeated.")] = None,
+    precision: PrecisionOption = "fp32",
+    threads: ThreadsOption = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """The Beyond-MACs study on your device: the papers' claims about execution time, measured, each with a verdict and its evidence."""
+    from lowsearch.insights.study import insights as measure
+    from lowsearch.insights.study import insights_path
+    from lowsearch.latency.target import resolve_target
+
+    target = resolve_target(device, runtime, precision=precision, threads=threads)
+    with _progress() as progress:
+        found = measure(target, claims=claim, progress=progress)
+    path = insights_path(target)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from lowsearch.report.insights import build_insights
+
+        rows = [{"#": f.claim.number, "claim": f.claim.statement, "verdict": f.verdict} for f in found.findings]
+        _print_rows(f"On {target}", rows)
+        _tell(f"numbers: {path}")
+        _tell(f"page: {build_insights(found, path.with_suffix('.html'))}")
+
+
+@app.command()
 def run(
     context: typer.Context,
     objective: Annotated[str, typer.Option("--objective", help="Names joined by '-': acc, latency, macs, params.")] = "acc-latency",

@@ -16,7 +16,7 @@ LINES = (
     {"__main__"},
     {"cli"},
     {"report"},
-    {"search"},
+    {"search", "insights"},
     {"accuracy", "latency"},
     {"train"},
     {"data"},

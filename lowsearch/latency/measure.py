@@ -28,7 +28,7 @@ from lowsearch.errors import DeviceError, LowsearchError
 from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.pace import StepKey, step_key, step_paces
 from lowsearch.latency.target import Device, Target, require_attached
-from lowsearch.latency.timing import Item, Network, NetworkLatency, Timing, TimmNetwork, item_from_dict, item_to_dict, latency_ms
+from lowsearch.latency.timing import Item, Layer, Network, NetworkLatency, Timing, TimmNetwork, item_from_dict, item_to_dict, latency_ms
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
@@ -125,11 +125,11 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
     return tuple(tuple(group) for group in [*([reads] if reads else []), *groups])
 
 
-def _size_bytes(item: Block | Network) -> int:
+def _size_bytes(item: Block | Layer | Network) -> int:
     """Weights and activations in fp32; a guess for a network that only torch could count."""
     if isinstance(item, TimmNetwork):
         return TIMM_BYTES
-    counted = cost.count(item) if isinstance(item, Arch) else cost.of_block(item)
+    counted = cost.count(item) if isinstance(item, Arch) else item.cost if isinstance(item, Layer) else cost.of_block(item)
     return 4 * (counted.params + counted.activations)
 
 

@@ -7,35 +7,28 @@ calibrate the sum of blocks. Everything measured is appended to `<table>.partial
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from lowsearch import cost, locations
 from lowsearch.arch import Arch, Block
-from lowsearch.errors import LowsearchError, TableError
+from lowsearch.errors import TableError
 from lowsearch.latency.block_model import BlockModel
 from lowsearch.latency.features import block_features
-from lowsearch.latency.measure import Effort, Launcher, Progress, Request, disputed, network_latencies, run_requests, steps
+from lowsearch.latency.measure import Effort, Launcher, Progress, network_latencies
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.pace import step_paces
-from lowsearch.latency.table import VERSION, LatencyTable, block_latency, check_fits, find_table, memory_latency
+from lowsearch.latency.session import Found, Partial, Session, locked
+from lowsearch.latency.table import LatencyTable, block_latency, check_fits, find_table, memory_latency
 from lowsearch.latency.target import Context, Device, Target, attached_devices, context, require_attached
-from lowsearch.latency.timing import Item, Timing
 from lowsearch.space import SearchSpace
 
 log = logging.getLogger(__name__)
 
-PARTIAL_SCHEMA = "lowsearch-latency-partial"
 MAX_BLOCKS = 1400
 NETWORK_EFFORT = Effort(processes=4, round_ms=40.0, max_samples=60)
 """Few networks decide how blocks add up, so each is measured twice as often as a block."""
@@ -68,7 +61,7 @@ def profile(
     folder = locations.new("latency_tables") if folder is None else folder
     path = folder / target.table_path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path):
         table = _empty(target, here) if fresh else _table_to_extend(target, here, folder)
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = table.calibration.get(space.name, ())
@@ -76,8 +69,8 @@ def profile(
         reads = [] if table.memory else [MemoryRead(n_bytes) for n_bytes in READ_BYTES]
         effort, network_effort = effort or Effort(), network_effort or NETWORK_EFFORT
         expected = effort.processes * (len(reads) + len(blocks)) + network_effort.processes * n_networks
-        with _Partial(path, target, here) as partial:
-            session = _Session(
+        with Partial(path, target, here) as partial:
+            session = Session(
                 partial, expected, device=device, seed=seed, launch=launch, label=f"{space.name} on {target}", progress=progress
             )
             table = _with_reads(table, session.measure(reads, effort))
@@ -230,10 +223,6 @@ def _empty(target: Target, here: Context) -> LatencyTable:
     return LatencyTable(target=target, context=here, entries={}, calibration={})
 
 
-Found = Mapping[Item, Mapping[int, Timing]]
-"""Timings of every item, by process."""
-
-
 def _with_reads(table: LatencyTable, found: Found) -> LatencyTable:
     reads = {item.n_bytes: list(timings.values()) for item, timings in found.items() if isinstance(item, MemoryRead)}
     return dataclasses.replace(table, memory=table.memory or tuple(memory_latency(*read) for read in reads.items()))
@@ -249,121 +238,3 @@ def _with_networks(table: LatencyTable, space: SearchSpace, found: Found) -> Lat
     added = network_latencies({item: list(timings.values()) for item, timings in found.items() if isinstance(item, Arch)})
     networks = (*table.calibration.get(space.name, ()), *added.values())
     return dataclasses.replace(table, calibration={**table.calibration, space.name: networks})
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the table for this process; the operating system frees the lock of a killed one."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise TableError(f"another process is measuring {path}", hint="wait for it to end, or end it and run the same command") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Session:
-    """One profile under way: what was measured before it was interrupted, and how far it is."""
-
-    def __init__(
-        self, partial: _Partial, expected: int, *, device: Device, seed: int, launch: Launcher | None, label: str, progress: Progress | None
-    ) -> None:
-        """`expected`: timings of the whole profile, as far as they can be told before it."""
-        self._partial, self._total = partial, expected
-        self._device, self._seed, self._launch = device, seed, launch
-        self._label, self._progress = label, progress
-        self._found: dict[Item, dict[int, Timing]] = defaultdict(dict)
-        for timing in partial.timings:
-            self._found[timing.item][timing.process] = timing
-        self._done = len(partial.timings)
-        self._report()
-
-    def measure(self, items: Sequence[Item], effort: Effort) -> Found:
-        """Every item timed in as many processes as `effort` says, and in one more where these disagree."""
-        self._run(items, range(effort.processes), effort)
-        unclear = [item for item in items if disputed(list(self._found[item].values()))]
-        self._total += sum(effort.processes not in self._found[item] for item in unclear)
-        self._run(unclear, [effort.processes], effort)
-        return {item: self._found[item] for item in items}
-
-    def expect_fewer(self, timings: int) -> None:
-        """The whole profile turns out to be smaller by so many timings."""
-        self._total -= timings
-
-    def _run(self, items: Sequence[Item], processes: Iterable[int], effort: Effort) -> None:
-        """Run what is missing, a request for every process; each goes through the items in groups of its own."""
-        requests = []
-        for process in processes:
-            missing = [item for item in items if process not in self._found[item]]
-            if missing:
-                groups = steps(missing, rng=np.random.default_rng((self._seed, process)))
-                requests.append(
-                    Request(target=self._partial.target, process=process, seed=self._seed + process, effort=effort, steps=groups)
-                )
-        for timing in run_requests(requests, self._device, launch=self._launch):
-            self._partial.append(timing)
-            self._found[timing.item][timing.process] = timing
-            self._done += 1
-            self._report()
-
-    def _report(self) -> None:
-        if self._progress is not None:
-            self._progress(self._done, max(self._total, self._done), self._label)
-
-
-class _Partial:
-    """The timings of an unfinished profile, a JSON line each, appended as they come. A torn last line is cut off; a file of another
-    machine or other versions is started anew."""
-
-    def __init__(self, table_path: Path, target: Target, here: Context) -> None:
-        self.path = table_path.with_suffix(".partial.jsonl")
-        self.target = target
-        header = {"schema": PARTIAL_SCHEMA, "version": VERSION, "target": dataclasses.asdict(target), "fingerprint": here.fingerprint}
-        lines = self._whole_lines()
-        if lines and self._parse(lines[0], 1) != header:
-            log.warning("%s was left by another machine or other versions: starting anew", self.path)
-            lines = []
-        self.timings = [self._timing(line, number) for number, line in enumerate(lines[1:], start=2)]
-        if not lines:
-            self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-
-    def __enter__(self) -> _Partial:
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def append(self, timing: Timing) -> None:
-        self._file.write(json.dumps(timing.to_dict()) + "\n")
-        self._file.flush()
-
-    def _whole_lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return whole.decode("utf-8", errors="replace").splitlines()
-
-    def _parse(self, line: str, number: int) -> Any:
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise self._damaged(number, error.msg) from error
-
-    def _timing(self, line: str, number: int) -> Timing:
-        try:
-            return Timing.from_dict(self._parse(line, number))
-        except (LowsearchError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._damaged(number, f"no timing ({error})") from error
-
-    def _damaged(self, number: int, reason: str) -> TableError:
-        return TableError(f"{self.path}:{number}: damaged line: {reason}", hint="remove the file and run the same command again")

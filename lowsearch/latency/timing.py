@@ -6,12 +6,13 @@ Values only; measure.py fills them, pace.py and table.py read them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 
 from lowsearch.arch import Arch, Block, block_from_dict, block_to_dict
+from lowsearch.cost import Cost
 from lowsearch.latency.memory import MemoryRead
 
 
@@ -23,10 +24,39 @@ class TimmNetwork:
     resolution_px: int
 
 
-Network = Arch | TimmNetwork
-Item = Block | Network | MemoryRead
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer that is no block of the space, for comparison with those that are. Input (channels, resolution_px, resolution_px).
 
-_ITEM_KEYS = ("block", "arch", "memory_bytes", "timm", "resolution_px")
+    `conv`: a kernel x kernel convolution at constant width in `groups`. `linear_attention`: EfficientViT's ReLU-linear attention in heads
+    of `head_dim`, at full resolution and width, with its 5x5 aggregation and its projections (arXiv 2205.14756).
+    """
+
+    kind: Literal["conv", "linear_attention"]
+    channels: int
+    resolution_px: int
+    kernel: int = 3
+    groups: int = 1
+    head_dim: int = 16
+
+    @property
+    def cost(self) -> Cost:
+        """Counted as `lowsearch.cost` counts blocks."""
+        c, pixels = self.channels, self.resolution_px**2
+        if self.kind == "conv":
+            weights = c * c // self.groups * self.kernel**2
+            return Cost(macs=weights * pixels, params=weights, activations=c * pixels)
+        # Queries, keys and values; their 5x5 depthwise and grouped 1x1 aggregation; the projection of both scales.
+        weights = 3 * c * c + 3 * c * 25 + 3 * c * self.head_dim + 2 * c * c
+        heads = 2 * c // self.head_dim
+        products = 2 * heads * self.head_dim * (self.head_dim + 1) * pixels
+        return Cost(macs=weights * pixels + products, params=weights + 2 * c, activations=12 * c * pixels)
+
+
+Network = Arch | TimmNetwork
+Item = Block | Layer | Network | MemoryRead
+
+_ITEM_KEYS = ("block", "layer", "arch", "memory_bytes", "timm", "resolution_px")
 
 STATES = ("hot", "warm", "cold")
 """The states of the caches that a block is timed in; docs/measurement.md."""
@@ -108,6 +138,8 @@ def item_to_dict(item: Item) -> dict[str, Any]:
         return {"memory_bytes": item.n_bytes}
     if isinstance(item, TimmNetwork):
         return {"timm": item.name, "resolution_px": item.resolution_px}
+    if isinstance(item, Layer):
+        return {"layer": asdict(item)}
     return {"arch": item.to_dict()} if isinstance(item, Arch) else {"block": block_to_dict(item)}
 
 
@@ -116,4 +148,6 @@ def item_from_dict(values: Mapping[str, Any]) -> Item:
         return MemoryRead(int(values["memory_bytes"]))
     if "timm" in values:
         return TimmNetwork(str(values["timm"]), int(values["resolution_px"]))
+    if "layer" in values:
+        return Layer(**values["layer"])
     return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])

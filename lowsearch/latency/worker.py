@@ -24,8 +24,9 @@ from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.runtimes import Program, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Device, Target, cuda_slug, load_average, require_attached
 from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer
-from lowsearch.latency.timing import Item, Network, Timing, TimmNetwork
-from lowsearch.model.blocks import LowtentionModule, build_block, randomise
+from lowsearch.latency.timing import Item, Layer, Network, Timing, TimmNetwork
+from lowsearch.model.blocks import LowtentionModule, build_block, conv2d, randomise
+from lowsearch.model.linear_attention import LinearAttention
 from lowsearch.model.lowformer import build_model
 from lowsearch.model.zoo import build_timm
 
@@ -131,6 +132,8 @@ def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepare
         module, channels, px, what = build_timm(item.name, item.resolution_px), 3, item.resolution_px, f"network {item.name}"
     elif isinstance(item, Arch):
         module, channels, px, what = build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
+    elif isinstance(item, Layer):
+        module, channels, px, what = _build_layer(item), item.channels, item.resolution_px, str(item)
     else:
         module, channels, px, what = build_block(item), input_channels(item), item.resolution_px, str(item)
     module.eval()
@@ -141,6 +144,12 @@ def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepare
     expected = reference(module, x)
     program = runtime(target.runtime).prepare(module, x, precision=target.precision, device=bench.torch_device)
     return _Prepared(item, program, check_parity(program, expected, precision=target.precision, what=what))
+
+
+def _build_layer(layer: Layer) -> nn.Module:
+    if layer.kind == "conv":
+        return conv2d(layer.channels, layer.channels, layer.kernel, groups=layer.groups)
+    return LinearAttention(layer.channels, head_dim=layer.head_dim)
 
 
 def _calm_attention(module: nn.Module, x: torch.Tensor) -> None:
