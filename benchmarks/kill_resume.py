@@ -182,7 +182,7 @@ def under_fire(
             [sys.executable, "-m", "lowsearch", *command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        moment = rng.uniform(0.3, 3.0 + 1.5 * seconds / kills)
+        moment = rng.uniform(0.3, 3.0 + seconds / kills)
         try:
             process.wait(moment)
             break  # It was done before the shot.
