@@ -91,6 +91,9 @@ class Series:
     y: Sequence[float]
     std: Sequence[float] = ()
     labels: Sequence[str] = ()
+    """Names of the points, shown to a pointer."""
+    named: Sequence[str] = ()
+    """Those of the labels that stand in the plot."""
     lines: bool = True
 
 

@@ -75,6 +75,7 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
     rho_random, tau_random = rank_correlations([c.macs for c in random_counts], [latency.ms for latency in random_ms])
     rho_rp, tau_rp = rank_correlations([c.params for c in random_counts], [latency.ms for latency in random_ms])
     surprises = _surprises(list(backbones), macs, ms)
+    told = "; ".join(surprises.values())
 
     def beside(name: str, other: str) -> str:
         share = counts[name].macs / counts[other].macs
@@ -84,7 +85,7 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
         f"Of {pairs} pairs among {len(backbones)} backbones that differ clearly in both, MACs rank {100 * share:.0f} % wrongly "
         f"(Spearman {rho:.2f}, Kendall {tau:.2f}; parameters {rho_params:.2f}, {tau_params:.2f}). Over {len(members)} random members of "
         f"the LowFormer space MACs reach {rho_random:.2f} and {tau_random:.2f}, parameters {rho_rp:.2f} and {tau_rp:.2f}. The "
-        f"{N_SURPRISES} backbones whose time their MACs miss most: {'; '.join(surprises)}. {beside('lowformer_e1', 'lowformer_b0')}; "
+        f"{N_SURPRISES} backbones whose time their MACs miss most: {told}. {beside('lowformer_e1', 'lowformer_b0')}; "
         f"{beside('efficientvit_b1', 'lowformer_b1')}."
     )
     rows = [
@@ -101,7 +102,10 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
             labels=[arch.arch_id for arch in members], lines=False,
         ),
         *(
-            Series(name=title, x=[counts[n].macs / 1e6 for n in names], y=[latencies[n].ms for n in names], labels=names, lines=False)
+            Series(
+                name=title, x=[counts[n].macs / 1e6 for n in names], y=[latencies[n].ms for n in names], labels=names,
+                named=[*surprises, "lowformer_b0", "lowformer_e1"], lines=False,
+            )
             for title, names in (("timm", others), ("LowFormer and CPUBone", ours))
         ),
     ]  # fmt: skip
@@ -109,13 +113,13 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
     return Finding(claim=CLAIMS[1], verdict=verdict, evidence=evidence, rows=rows, plots=[plot])
 
 
-def _surprises(names: Sequence[str], macs: Sequence[int], ms: Sequence[float]) -> list[str]:
-    """The networks that lie farthest from the line of log time over log MACs, and how many times longer or shorter they take."""
+def _surprises(names: Sequence[str], macs: Sequence[int], ms: Sequence[float]) -> dict[str, str]:
+    """By name, in words: the networks farthest from the line of log time over log MACs, and how many times longer or shorter they take."""
     x, y = np.log(np.array(macs, dtype=float)), np.log(np.array(ms))
     slope, level = np.polyfit(x, y, 1)
     off = y - (slope * x + level)
     worst = np.argsort(-np.abs(off))[:N_SURPRISES]
-    return [f"{names[i]} {np.exp(abs(off[i])):.1f} times {'slower' if off[i] > 0 else 'faster'}" for i in worst]
+    return {names[i]: f"{names[i]} {np.exp(abs(off[i])):.1f} times {'slower' if off[i] > 0 else 'faster'}" for i in worst}
 
 
 # Convolutions -----------------------------------------------------------------------------------------------------------
@@ -399,8 +403,8 @@ def batch_size(times: Times, count_timm: CountTimm) -> Finding:
     listed = list(backbones)
     evidence = (
         f"Time at batch 1 and time per image at batch {times.batch} over {len(listed)} networks: Spearman {rho:.2f}, Kendall {tau:.2f}; of "
-        f"{pairs} pairs that differ clearly in both, {wrong} change places. An image of a batch takes 1 / {gains[least]:.2f} "
-        f"({listed[least]}) to 1 / {gains[most]:.2f} ({listed[most]}) of its time alone."
+        f"{pairs} pairs that differ clearly in both, {wrong} change places. A batch gains a factor of {gains[least]:.2f} "
+        f"({listed[least]}) to {gains[most]:.2f} ({listed[most]}) per image."
     )
     rows = [
         {"network": name, "macs": _count(network, count_timm).macs, **_as_row(a), "time_per_image_ms": b.ms / times.batch}

@@ -96,16 +96,18 @@ def figure(plot: Plot) -> go.Figure:
     for i, series in enumerate(plot.series):
         grey = series.name in ("random members", "in proportion")
         colour = _GREY if grey else _COLOURS[i % len(_COLOURS)]
-        named = bool(series.labels) and not grey
+        marks = "markers+text" if series.named else "markers"
         trace = go.Scatter(
             x=list(series.x),
             y=list(series.y),
             name=series.name,
-            mode="lines" if series.name == "in proportion" else "lines+markers" if series.lines else "markers",
+            mode="lines" if series.name == "in proportion" else "lines+markers" if series.lines else marks,
             marker={"size": 5 if grey else 9, "color": colour},
             line={"color": colour, "width": 1.5, **({"dash": "dot"} if series.name.endswith("MACs") or grey else {})},
-            text=list(series.labels) if series.labels else None,
-            hovertemplate=("%{text}<br>" if named or series.labels else "") + "%{x}<br>%{y:.3g}<extra></extra>",
+            text=[label if label in series.named else "" for label in series.labels] or None,
+            textposition="middle right",
+            hovertext=list(series.labels) or None,
+            hovertemplate=("%{hovertext}<br>" if series.labels else "") + "%{x}<br>%{y:.3g}<extra></extra>",
         )
         if series.std:
             trace.update(error_y={"type": "data", "array": list(series.std), "thickness": 1, "width": 0})
