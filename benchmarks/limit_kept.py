@@ -56,7 +56,8 @@ def main() -> None:
     allowed = max(0.03, 2 * floor)
     result: dict[str, Any] = {
         "command": f"python benchmarks/limit_kept.py --space {space.name} --runtime {target.runtime} --networks {len(chosen)}",
-        "context": dataclasses.asdict(here), "n_networks": len(chosen), "confidence": DEFAULT_CONFIDENCE, "pace": pace, "noise_floor": floor,
+        "context": dataclasses.asdict(here), "n_networks": len(chosen), "confidence": DEFAULT_CONFIDENCE, "pace": pace,
+        "noise_floor": floor,
         "over": float(np.mean(excess > 0)), "allowed_excess": allowed, "over_by_more_than_allowed": float(np.mean(excess > allowed)),
         "worst_excess": float(excess.max()), "median_excess": float(np.median(excess)), "goal": 0.02,
         "over_without_the_pace": float(np.mean((1 + excess) * pace > 1)),
