@@ -5,8 +5,8 @@
 
 Needs the latency table of this machine (`lowsearch profile`). Beside ours: the raw sum of hot blocks, and straight lines in the MACs and
 in the parameters, fitted on the same calibration networks. Every network is measured in four fresh
-processes; the noise floor is the difference between two of them, and says how much of an error is the measurement's. Eight of the calibration networks are measured once more beside the held-out ones: a
-shared machine is faster or slower by some percent than when its table was made, and their median ratio, the pace, is divided out of what
+processes; the noise floor is the difference between two of them, and says how much of an error is the measurement's.
+Eight of the calibration networks are measured once more beside the held-out ones: a shared machine is faster or slower by some percent than when its table was made, and their median ratio, the pace, is divided out of what
 was measured. Errors without that are printed too.
 
 The learning curve fits the same predictor, and a regression that knows no table, on 5 to 50 of the measured networks and judges both on
@@ -216,8 +216,8 @@ def print_table(space: SearchSpace, target: object, result: dict[str, Any], goal
     others = {"ours, without the pace": result["ours_without_pace"], "noise floor": result["noise_floor"]}
     for name, errors in {**result["methods"], **others}.items():
         print(
-            f"{name:24s} {errors['mape']:7.1%} {errors['within_5']:7.0%} {errors['within_10']:8.0%} {errors['spearman']:9.3f} {errors['kendall']:8.3f} "
-            f"{errors['bias']:+7.1%}"
+            f"{name:24s} {errors['mape']:7.1%} {errors['within_5']:7.0%} {errors['within_10']:8.0%} {errors['spearman']:9.3f} "
+            f"{errors['kendall']:8.3f} {errors['bias']:+7.1%}"
         )
     print(
         f"stated spread {result['mean_relative_std']:.1%}: {result['within_1_std']:.0%} of the networks within one, "
