@@ -254,9 +254,14 @@ def test_more_trials_go_on_from_where_the_study_stood(tmp_path, uninterrupted):
 
 def start(folder, *, step_s=0.0, **settings):
     env = {**os.environ, "FAKE_STEP_S": str(step_s)}
-    return subprocess.Popen(
-        [sys.executable, FAKES, "run", folder, json.dumps(settings)], env=env, stderr=subprocess.PIPE, start_new_session=True
-    )
+    # A background job inherits an ignored Ctrl-C, and would pass it on to the study.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, FAKES, "run", folder, json.dumps(settings)], env=env, stderr=subprocess.PIPE, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition, process, *, limit_s=60):
