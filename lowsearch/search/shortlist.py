@@ -123,7 +123,8 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     if stored is not None and stored.networks.keys() >= {arch.arch_id for arch in archs}:
         return stored
     anchors = [(arch, then_ms) for arch, then_ms in parts.anchors if arch not in archs]
-    measured = parts.measure([*archs, *(arch for arch, _ in anchors)], progress)
+    told: Progress | None = None if progress is None else lambda done, total, _: progress(done, total, "measure the shortlist")
+    measured = parts.measure([*archs, *(arch for arch, _ in anchors)], told)
     again = [latency.latency_ms / then_ms for latency, (_, then_ms) in zip(measured[len(archs) :], anchors, strict=True)]
     predicted = Estimator(parts.space, parts.latency).estimate(np.stack([parts.space.encode(arch) for arch in archs]))
     rows: list[dict[str, Any]] = []
