@@ -74,7 +74,7 @@ def test_a_study_may_be_allowed_a_stale_table_when_it_is_resumed(study: Path, mo
     fresh, allowed = StudySettings(**SETTINGS), StudySettings(**SETTINGS, allow_stale=True)
     prepare(study, fresh, None)
     _opened(study, fresh, build_parts(study, fresh))
-    assert "stale" not in body(read_study(study))
+    assert "was stale" not in body(read_study(study))
     check_resumable("mine", fresh, allowed)
     with pytest.raises(StudyError):
         check_resumable("mine", fresh, StudySettings(**{**SETTINGS, "seed": 1}))

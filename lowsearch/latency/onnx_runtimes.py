@@ -270,7 +270,7 @@ def quantised(model: bytes, x: np.ndarray) -> bytes:
         def __init__(self) -> None:
             self._inputs = iter([{"input": x}])
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> Any:  # None at the end, whatever its base says.
             return next(self._inputs, None)
 
     with tempfile.TemporaryDirectory(prefix="lowsearch-") as folder:
