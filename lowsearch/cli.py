@@ -33,11 +33,15 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a 
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, or a device's name such as rtx3090; `lowsearch devices` lists them.")
 ]
-RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino, torchscript or eager.")]
+RuntimeOption = Annotated[
+    str, typer.Option("--runtime", help="As onnxruntime, openvino, eager, compile or aoti; docs/measurement.md lists all.")
+]
 SpaceOption = Annotated[str, typer.Option("--space", help="A shipped space (lowformer, lowformer-micro) or a YAML file.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, or fp16 on a GPU.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, fp16, bf16 or int8, where the runtime and device have it.")]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Images in one forward pass.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the runtime.")]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=1, help="CPU threads of the runtime; more than 1 is timed in wall time, on a quiet machine.")
+]
 Progress = Callable[[int, int, str], None]
 
 
@@ -151,6 +155,9 @@ def profile(
     precision: PrecisionOption = "fp32",
     batch: BatchOption = 1,
     threads: ThreadsOption = 1,
+    max_blocks: Annotated[
+        int | None, typer.Option("--max-blocks", min=1, help="Blocks to measure at most; the others are predicted. Default: the runtime's.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -163,7 +170,7 @@ def profile(
     loaded = SearchSpace.load(space)
     target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
     with _progress() as progress:
-        result = measure(loaded, target, seed=seed, progress=progress)
+        result = measure(loaded, target, max_blocks=max_blocks, seed=seed, progress=progress)
     from lowsearch.latency.predictor import LatencyPredictor
 
     predictor = LatencyPredictor(loaded, result)
@@ -193,7 +200,7 @@ def show_table(name: TableName, as_json: JsonFlag = False) -> None:
     facts = {
         **table.summary(), "device_detail": context.device_detail, "driver": context.driver, "os": context.os,
         "versions": dict(context.versions), "runtime_options": dict(context.runtime_options), "load_average": context.load_average,
-        "governor": context.governor, "git_sha": context.git_sha,
+        "governor": context.governor, "clocks": context.clocks, "power_limit": context.power_limit, "git_sha": context.git_sha,
         "memory_gb_per_s": {f"{row.n_bytes / 2**20:g} MiB": round(row.n_bytes / row.latency_ms / 1e6, 1) for row in table.memory},
     }  # fmt: skip
     if as_json:
@@ -347,6 +354,9 @@ def run(
     precision: PrecisionOption = "fp32",
     batch: BatchOption = 1,
     threads: ThreadsOption = 1,
+    allow_stale: Annotated[
+        bool, typer.Option("--allow-stale", help="Use a latency table of this machine that other versions or another driver measured.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Search: profile if needed, propose and train networks, then re-measure and train the front. The same command resumes."""
@@ -364,6 +374,7 @@ def run(
         "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": recipe, "accuracy": accuracy, "final_seeds": final_seeds,
+        "allow_stale": allow_stale,
     }  # fmt: skip
     stored = stored_settings(folder)
     if stored is None:

@@ -152,8 +152,10 @@ def test_each_process_has_its_own_order() -> None:
     assert orders[0] != orders[1] and set(orders[0]) == set(orders[1]) == set(archs)
 
 
-def test_a_gpu_is_measured_by_one_process_at_a_time() -> None:
+@pytest.mark.parametrize(("device", "threads"), [(GPU, 1), (CPU, 2)])
+def test_a_gpu_and_several_threads_are_measured_by_one_process_at_a_time(device: Device, threads: int) -> None:
     running = 0
+    target = dataclasses.replace(TARGET, threads=threads)
 
     def launch(request: Request) -> Iterator[Timing]:
         nonlocal running
@@ -162,8 +164,8 @@ def test_a_gpu_is_measured_by_one_process_at_a_time() -> None:
         yield from fake_launch(request)
         running -= 1
 
-    requests = [Request(target=TARGET, process=p, seed=0, effort=Effort(), steps=((network(8),),)) for p in range(3)]
-    assert [timing.process for timing in run_requests(requests, GPU, launch=launch)] == [0, 1, 2]
+    requests = [Request(target=target, process=p, seed=0, effort=Effort(), steps=((network(8),),)) for p in range(3)]
+    assert [timing.process for timing in run_requests(requests, device, launch=launch)] == [0, 1, 2]
 
 
 def test_a_failing_process_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +206,14 @@ def test_a_worker_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     request = Request(target=TARGET, process=0, seed=0, effort=Effort(), steps=())
     with pytest.raises(DeviceError, match="ended with code 9: out of memory"):
         list(launch_worker(request))
+
+
+def test_a_worker_has_the_threads_of_its_target_and_no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys; print(*(os.environ[n] for n in ('OMP_NUM_THREADS', 'NVIDIA_TF32_OVERRIDE')), file=sys.stderr); sys.exit(9)"
+    monkeypatch.setattr(measure, "_WORKER", ("-c", code))
+    target = dataclasses.replace(TARGET, threads=3)
+    with pytest.raises(DeviceError, match="code 9: 3 0"):
+        list(launch_worker(Request(target=target, process=0, seed=0, effort=Effort(), steps=())))
 
 
 def test_a_reader_that_leaves_takes_the_worker_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from lowsearch.errors import DeviceError, ParityError, TableError
 from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.predictor import LatencyPredictor
-from lowsearch.latency.profile import NETWORK_EFFORT, choose_blocks, choose_networks, profile, usable_table
+from lowsearch.latency.profile import NETWORK_EFFORT, choose_blocks, choose_networks, profile, staleness, usable_table
+from lowsearch.latency.runtimes import runtime
 from lowsearch.latency.table import LatencyTable, find_table
 from lowsearch.latency.target import Device, Target, attached_devices
 from lowsearch.latency.timers import CudaTimer
@@ -148,6 +149,12 @@ def test_a_profile_leaves_a_table_and_nothing_else(tmp_path: Path) -> None:
     assert loaded.memory == table.memory and [read.n_bytes for read in table.memory] == sorted(READ_BYTES)
     block = SPACE.blocks[0]
     assert table.lookup(block).warm_ms == pytest.approx(2 * block_ms(block), abs=1e-5)
+
+
+def test_a_runtime_that_is_slow_to_prepare_has_fewer_blocks_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(runtime("onnxruntime")), "max_blocks", 120)
+    assert len(quick(tmp_path, space=MICRO).entries) == 120
+    assert len(quick(tmp_path / "more", space=MICRO, max_blocks=130).entries) == 130
 
 
 def test_a_second_profile_measures_nothing_again(tmp_path: Path) -> None:
@@ -353,6 +360,11 @@ def test_a_search_uses_the_table_of_this_machine_only_if_it_fits(tmp_path: Path,
     newer = dataclasses.replace(CPU, detail="4 CPUs")
     with pytest.raises(TableError, match=r"device_detail: 2 CPUs then, 4 CPUs now.*lowsearch profile --device fake-cpu"):
         usable_table(SPACE, TARGET, devices=[newer])
+    stale = usable_table(SPACE, TARGET, allow_stale=True, devices=[newer])
+    assert stale is not None and stale.entries == table.entries
+    assert staleness(stale, devices=[newer]) == ["device_detail: 2 CPUs then, 4 CPUs now"]
+    assert staleness(stale, devices=[CPU]) == []
+    assert usable_table(OTHER, TARGET, allow_stale=True, devices=[newer]) is None  # Nothing of this space to use.
 
 
 def test_a_search_for_an_absent_device_uses_its_table_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

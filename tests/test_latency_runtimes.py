@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import shutil
+import sys
 from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowsearch.arch import Arch, Attention, Block, ConvBranch, Downsampler, Head, Lowtention, Mlp, Stage, Stem, StemConv, input_channels
 from lowsearch.errors import DeviceError, ParityError
-from lowsearch.latency import worker
+from lowsearch.latency import onnx_runtimes, torch_runtimes, worker
 from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import MemoryRead
-from lowsearch.latency.runtimes import RUNTIMES, Program, Runtime, check_parity, check_supported, reference, runtime
+from lowsearch.latency.onnx_runtimes import OnnxRuntime, OnnxTensorRt, TensorRtRuntime
+from lowsearch.latency.runtimes import RUNTIMES, TOLERANCE, Program, Runtime, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Target, attached_devices
-from lowsearch.latency.timers import CpuTimer
+from lowsearch.latency.timers import CpuTimer, WallTimer
+from lowsearch.latency.torch_runtimes import ALL_BLOCKS, CudaGraphsRuntime
 from lowsearch.latency.worker import Bench
 from lowsearch.model.blocks import build_block, randomise
 
@@ -38,7 +47,11 @@ NETWORK = Arch(
     head_widths=(32, 32), num_classes=10,
 )  # fmt: skip
 CPU = torch.device("cpu")
-INSTALLED = [name for name, one in RUNTIMES.items() if find_spec(one.package)]
+INSTALLED = [name for name, one in RUNTIMES.items() if "cpu" in one.precisions and find_spec(one.package)]
+FAST = [name for name in INSTALLED if RUNTIMES[name].max_blocks == ALL_BLOCKS]
+COMPILED = [name for name in INSTALLED if name not in FAST]
+REDUCED = [(name, precision) for name in INSTALLED for precision in RUNTIMES[name].precisions["cpu"] if precision != "fp32"]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 BENCH = Bench(CPU, CpuTimer(flush_bytes=1 << 16))
 QUICK = Effort(processes=1, rounds=1, warmups=1, sample_ms=0.001, round_ms=0.01, min_samples=1, turns_ms=0.01, min_turns=1, cold_samples=1)
 
@@ -51,13 +64,69 @@ def prepared(block: Block) -> tuple[nn.Module, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("name", INSTALLED)
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.kind)
-def test_every_runtime_computes_what_torch_does(name: str, block: Block) -> None:
+def difference(name: str, block: Block, precision: str = "fp32", device: torch.device = CPU) -> float:
+    """Of the runtime's output from torch's, after the gate."""
     module, x = prepared(block)
     expected = reference(module, x)
-    program = runtime(name).prepare(module, x, precision="fp32", device=CPU)
-    assert check_parity(program, expected, precision="fp32", what="block") < 1e-5
+    program = runtime(name).prepare(module, x, precision=precision, device=device)
+    return check_parity(program, expected, precision=precision, what="block")
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.kind)
+def test_every_runtime_computes_what_torch_does(name: str, block: Block) -> None:
+    assert difference(name, block) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [pytest.param(*one, marks=[pytest.mark.slow, needs_compiler] if one[0] in COMPILED else []) for one in REDUCED],
+)
+def test_fewer_bits_compute_nearly_what_torch_does_and_not_the_same(name: str, precision: str) -> None:
+    """A difference of nothing would mean that the runtime computed in fp32 in spite of what its table says."""
+    for block in (BLOCKS[2], BLOCKS[5], BLOCKS[9]):
+        assert 3e-4 < difference(name, block, precision) < TOLERANCE[precision]
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_block_computes_what_torch_does() -> None:
+    assert difference("compile", BLOCKS[6]) < 1e-5
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_blocks_compute_what_torch_does(name: str) -> None:
+    for block in BLOCKS:
+        assert difference(name, block) < 1e-5
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_many_blocks_of_one_kind_stay_compiled() -> None:
+    """torch.compile holds eight results for one piece of code; a table has hundreds of blocks that share theirs."""
+    blocks = [Mlp(channels=8 * i, resolution_px=4, ratio=2) for i in range(1, 12)]
+    programs = [(runtime("compile").prepare(*prepared(block), precision="fp32", device=CPU), block) for block in blocks]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for program, block in programs:
+            assert program.output() == pytest.approx(reference(*prepared(block)), abs=1e-4)
+
+
+def test_a_runtime_that_compiles_says_that_it_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_runtimes.shutil, "which", lambda name: None)
+    for name in COMPILED:
+        with pytest.raises(DeviceError, match=f"{name} needs a C\\+\\+ compiler.*install g"):
+            difference(name, BLOCKS[0])
+
+
+def test_channels_last_is_how_tensors_lie_and_part_of_the_name() -> None:
+    program = runtime("eager-nhwc").prepare(*prepared(BLOCKS[2]), precision="fp32", device=CPU)
+    module: Any = program._call  # type: ignore[attr-defined]
+    assert module.expand.weight.is_contiguous(memory_format=torch.channels_last)
+    assert module(torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    assert runtime("eager-nhwc").options(Target("amd-epyc-9654", "eager-nhwc"), "cpu")["memory_format"] == "channels-last"
+    assert Target("amd-epyc-9654", "eager-nhwc").table_path.name == "eager-nhwc-fp32-b1-t1.jsonl"
 
 
 class Answer:
@@ -93,14 +162,15 @@ class BranchDropped:
     name = "fast"
     package = "torch"
     precisions = {"cpu": ("fp32",)}
+    max_blocks = 1
 
     def versions(self) -> dict[str, str]:
         return {"fast": "1"}
 
-    def options(self) -> dict[str, str | int]:
+    def options(self, target: Target, kind: object) -> dict[str, str | int]:
         return {}
 
-    def prepare(self, module: nn.Module, x: torch.Tensor, *, precision: str, device: torch.device) -> Program:
+    def prepare(self, module: nn.Module, x: torch.Tensor, *, precision: str, device: torch.device, threads: int = 1) -> Program:
         return Answer(x.numpy())
 
 
@@ -124,7 +194,7 @@ def test_deep_attention_stays_comparable() -> None:
     assert timing.parity < 1e-5
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=[pytest.mark.slow, needs_compiler]) for name in ("compile", "aoti"))])
 def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(name: str) -> None:
     cpu = attached_devices()[0]
     effort = Effort(processes=1, rounds=2, sample_ms=0.01, round_ms=0.1, turns_ms=1, min_turns=2, cold_samples=1)
@@ -139,15 +209,27 @@ def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(nam
         assert timing.process == 1 and timing.parity < 1e-5
 
 
+def test_several_threads_are_timed_in_wall_time() -> None:
+    cpu = attached_devices()[0]
+    bench = Bench(CPU, WallTimer(torch.zeros(1 << 14)))
+    request = Request(target=Target(cpu.slug, "onnxruntime", threads=2), process=0, seed=0, effort=QUICK, steps=((BLOCKS[1], BLOCKS[8]),))
+    for timing in worker.serve(request, bench, device=cpu):
+        assert timing.wall_over_cpu == 1.0 and timing.hot_ms[0] > 0 and timing.parity < 1e-5
+
+
 def test_what_cannot_be_measured_honestly_is_refused() -> None:
-    with pytest.raises(DeviceError, match="unknown runtime 'tvm'; known: onnxruntime, openvino, torchscript, eager"):
+    with pytest.raises(DeviceError, match="unknown runtime 'tvm'; known: onnxruntime, openvino, eager, compile, aoti, torchscript"):
         runtime("tvm")
-    with pytest.raises(DeviceError, match="does not run on a cuda device; runtimes that do: torchscript, eager"):
-        check_supported(Target("rtx3090", "onnxruntime"), "cuda")
+    with pytest.raises(DeviceError, match="openvino does not run on a cuda device; runtimes that do: onnxruntime, eager, compile"):
+        check_supported(Target("rtx3090", "openvino"), "cuda")
+    with pytest.raises(DeviceError, match="cudagraphs-nhwc does not run on a cpu device"):
+        check_supported(Target("amd-epyc-9654", "cudagraphs-nhwc"), "cpu")
     with pytest.raises(DeviceError, match="no fp16"):
         check_supported(Target("amd-epyc-9654", "eager", "fp16"), "cpu")
-    with pytest.raises(DeviceError, match="threads is 2"):
-        check_supported(Target("amd-epyc-9654", "eager", threads=2), "cpu")
+    with pytest.raises(DeviceError, match="threads is 4096: this machine has"):
+        check_supported(Target("amd-epyc-9654", "eager", threads=4096), "cpu")
+    with pytest.raises(DeviceError, match="threads is 2: they are a CPU's"):
+        check_supported(Target("rtx3090", "eager", threads=2), "cuda")
     check_supported(Target("rtx3090", "eager", "fp16"), "cuda")
 
 
@@ -163,4 +245,260 @@ def test_openvino_keeps_to_fp32_where_the_processor_could_round() -> None:
     module, x = prepared(BLOCKS[2])
     program = runtime("openvino").prepare(module, x, precision="fp32", device=CPU)
     assert check_parity(program, reference(module, x), precision="fp32", what="block") < 1e-5
-    assert runtime("openvino").options()["INFERENCE_PRECISION_HINT"] == "f32"
+    assert runtime("openvino").options(Target("amd-epyc-9654", "openvino"), "cpu")["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+# CUDA devices, played by this CPU -----------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 1)
+
+
+class FakeCuda:
+    """`torch.cuda` as far as runtimes use it. A graph records every operator and replays them into the same memory."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def current_stream(self, device: torch.device | None = None) -> Any:
+        return SimpleNamespace(cuda_stream=4711, wait_stream=lambda other: self.said.append(f"main waits for {other.name}"), name="main")
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: self.said.append(f"side waits for {other.name}"), name="side")
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        self.said.append(f"on {stream.name}")
+        return contextlib.nullcontext()
+
+    def CUDAGraph(self) -> FakeGraph:
+        return FakeGraph()
+
+    @contextlib.contextmanager
+    def graph(self, graph: FakeGraph):
+        self.said.append("record")
+        with graph:
+            yield
+
+
+class FakeGraph(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (out, again)), strict=True):
+                old.copy_(new)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.kind)
+def test_a_cuda_graph_computes_eager_without_its_python(block: Block, memory_format: Any) -> None:
+    module, x = prepared(block)
+    expected, other = reference(module, x), reference(module, 2 * x)
+    cuda = FakeCuda()
+    program = CudaGraphsRuntime(memory_format, cuda=cuda).prepare(module, x, precision="fp32", device=CPU)
+    assert cuda.said == ["side waits for main", "on side", "main waits for side", "record"]
+    module.forward = lambda x: pytest.fail("a replay went through Python")
+    assert check_parity(program, expected, precision="fp32", what="block") < 1e-5
+    with torch.inference_mode():
+        program._x.mul_(2)  # The graph reads the input where it lies.
+    assert check_parity(program, other, precision="fp32", what="block") < 1e-5
+
+
+class GpuSession:
+    """A session of ONNX Runtime on a GPU. It knows who was asked to execute, and whether a call waited for the device."""
+
+    loads = True
+    asked: list[tuple[str, dict[str, str]]]
+    options: list[Any]
+
+    def __init__(self, model: bytes, options: Any, providers: Any) -> None:
+        type(self).asked, type(self).options = providers, []
+        self._cpu = SESSION(model, options, providers=["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs, self.io_binding = self._cpu.get_inputs, self._cpu.get_outputs, self._cpu.io_binding
+
+    def get_providers(self) -> list[str]:
+        return [*(name for name, _ in self.asked if self.loads), "CPUExecutionProvider"]
+
+    def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+        self.options.append(options)
+        self._cpu.run_with_iobinding(binding, options)
+
+
+SESSION = __import__("onnxruntime").InferenceSession
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime and TensorRT as on a machine with a GPU, whose tensors lie in this machine's memory."""
+    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.InferenceSession", GpuSession)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnx_runtimes, "placed", lambda *given, **options: torch_runtimes.placed(*given, **{**options, "device": CPU}))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
+
+
+PLACE = {"device_id": "1", "user_compute_stream": "4711"}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("make", [OnnxRuntime, OnnxTensorRt])
+def test_onnx_runtime_is_told_to_use_the_gpu_and_torchs_stream(make: type[OnnxRuntime], precision: str) -> None:
+    module, x = prepared(BLOCKS[6])
+    expected = reference(module, x)
+    program = make(cuda=FakeCuda()).prepare(module, x, precision=precision, device=GPU)
+    (first, told), *others = GpuSession.asked
+    if make is OnnxTensorRt:
+        assert first == "TensorrtExecutionProvider" and told["trt_fp16_enable"] == str(int(precision == "fp16"))
+        ((second, second_told),) = others
+        assert second == "CUDAExecutionProvider" and second_told["use_tf32"] == "0" and second_told.items() >= PLACE.items()
+    else:
+        assert first == "CUDAExecutionProvider" and told["use_tf32"] == "0" and not others
+    assert told.items() >= PLACE.items()
+    assert check_parity(program, expected, precision=precision, what="block") < TOLERANCE[precision] / 4
+    GpuSession.options.clear()
+    program.run()
+    program.output()
+    timed, read = GpuSession.options
+    assert timed.get_run_config_entry("disable_synchronize_execution_providers") == "1"  # The clock waits, not every call.
+    assert read is None
+    options = make().options(Target("rtx3090", make.name, precision), "cuda")  # type: ignore[arg-type]
+    assert options["provider"] == first and not {"user_compute_stream", "device_id"} & options.keys()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_onnx_runtime_never_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = prepared(BLOCKS[0])
+    monkeypatch.setattr(GpuSession, "loads", False)  # As where cuDNN is missing: a warning, and a session on the CPU.
+    with pytest.raises(DeviceError, match=r"cannot use its CUDAExecutionProvider here.*onnxruntime-gpu"):
+        OnnxRuntime(cuda=FakeCuda()).prepare(module, x, precision="fp32", device=GPU)
+    monkeypatch.undo()
+    assert "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers(), "this test wants the package for CPUs"
+    monkeypatch.setattr(onnx_runtimes, "placed", lambda module, x, **_: (module, x))
+    with pytest.raises(DeviceError, match="it has .*CPUExecutionProvider"):
+        OnnxRuntime(cuda=FakeCuda()).prepare(module, x, precision="fp32", device=GPU)
+
+
+def fake_tensorrt() -> Any:
+    """TensorRT's Python API as far as it is used. An engine reads and writes memory by address, and works when its stream does."""
+
+    class Dict(dict[str, Any]):
+        __getattr__ = dict.__getitem__
+
+    class Config:
+        flags = {"TF32"}
+        cache = b""
+
+        def clear_flag(self, flag: str) -> None:
+            self.flags = self.flags - {flag}
+
+        def create_timing_cache(self, known: bytes) -> bytes:
+            return known
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> None:
+            self.cache = cache
+
+        def get_timing_cache(self) -> Any:
+            return SimpleNamespace(serialize=lambda: self.cache + b"+")
+
+    class Builder:
+        seen_caches: list[bytes] = []
+
+        def __init__(self, log: Any) -> None: ...
+
+        def create_network(self, flags: int) -> Any:
+            assert flags == 1 << 3, "strongly typed"
+            return SimpleNamespace(model=b"")
+
+        def create_builder_config(self) -> Config:
+            return Config()
+
+        def build_serialized_network(self, network: Any, config: Config) -> bytes | None:
+            assert not config.flags, "TF32 is not fp32"
+            self.seen_caches.append(config.cache)
+            return None if network.model == b"too large" else network.model
+
+    class Parser:
+        num_errors = 1
+
+        def __init__(self, network: Any, log: Any) -> None:
+            self._network = network
+
+        def parse(self, model: bytes) -> bool:
+            self._network.model = model
+            return model != b"no model"
+
+        def get_error(self, index: int) -> Any:
+            return SimpleNamespace(desc=lambda: "no such operator")
+
+    class Engine:
+        def __init__(self, plan: bytes) -> None:
+            self._session = SESSION(plan, providers=["CPUExecutionProvider"])
+            self._addresses: dict[str, int] = {}
+
+        def create_execution_context(self) -> Engine:
+            return self
+
+        def get_tensor_shape(self, name: str) -> list[int]:
+            return self._session.get_outputs()[0].shape
+
+        def set_tensor_address(self, name: str, address: int) -> None:
+            self._addresses[name] = address
+
+        def _memory(self, name: str, tensor: Any) -> np.ndarray:
+            kind = np.dtype(np.float32 if tensor.type == "tensor(float)" else np.float16)
+            size = int(np.prod(tensor.shape)) * kind.itemsize
+            return np.frombuffer((ctypes.c_char * size).from_address(self._addresses[name]), kind).reshape(tensor.shape)
+
+        def execute_async_v3(self, stream: int) -> None:
+            assert stream == 4711
+            (x,), (y,) = self._session.get_inputs(), self._session.get_outputs()
+            self._memory("output", y)[...] = self._session.run(None, {"input": self._memory("input", x)})[0]
+
+    module: Any = ModuleType("tensorrt")
+    module.__spec__, module.__version__ = SimpleNamespace(name="tensorrt"), "10.9"
+    module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
+    module.Builder, module.OnnxParser = Builder, Parser
+    module.NetworkDefinitionCreationFlag, module.BuilderFlag = Dict(STRONGLY_TYPED=3), Dict(TF32="TF32")
+    module.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=Engine)
+    return module
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_builds_an_engine_that_reads_and_writes_torchs_memory(precision: str) -> None:
+    trt = TensorRtRuntime(cuda=FakeCuda())
+    for block in (BLOCKS[2], BLOCKS[5], BLOCKS[9]):
+        module, x = prepared(block)
+        expected = reference(module, x)
+        program = trt.prepare(module, x, precision=precision, device=GPU)
+        assert check_parity(program, expected, precision=precision, what="block") < TOLERANCE[precision] / 4
+    assert sys.modules["tensorrt"].Builder.seen_caches == [b"", b"+", b"++"]  # Kernels that are known are not timed again.
+    assert trt.versions() == {"tensorrt": "10.9"}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("model", "says"), [(b"no model", "cannot read the model: no such operator"), (b"too large", "cannot build")])
+def test_what_tensorrt_cannot_do_is_told(model: bytes, says: str) -> None:
+    with pytest.raises(DeviceError, match=says):
+        TensorRtRuntime(cuda=FakeCuda())._engine(model)
+
+
+ON_A_GPU = [(name, precision) for name, one in RUNTIMES.items() for precision in one.precisions.get("cuda", ()) if find_spec(one.package)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "precision"), ON_A_GPU)
+def test_every_runtime_computes_on_a_real_gpu_what_torch_does(name: str, precision: str) -> None:
+    device = next(device for device in attached_devices() if device.kind == "cuda")
+    bench = worker.open_bench(device)
+    for block in BLOCKS:
+        assert difference(name, block, precision, bench.torch_device) < TOLERANCE[precision]

@@ -214,6 +214,12 @@ def test_a_table_of_other_versions_or_another_machine_does_not_fit() -> None:
         check_fits(table, Target("rtx3090", "eager", "fp16"), table.context)
 
 
+def test_a_table_from_before_clocks_were_kept_is_read(path: Path) -> None:
+    damage = edited(1, lambda v: [v["context"].pop(name) for name in ("clocks", "power_limit")])
+    path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
+    assert LatencyTable.load(path).context.clocks == ""
+
+
 def test_tables_are_found_in_order_of_folders(tmp_path: Path) -> None:
     near, far = tmp_path / "near", tmp_path / "far"
     made_table([0.5]).save(near)

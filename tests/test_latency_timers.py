@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowsearch.latency import timers
-from lowsearch.latency.timers import CpuTimer, CudaTimer
+from lowsearch.latency.timers import CpuTimer, CudaTimer, WallTimer, timer_class
 
 
 class Clock:
@@ -75,6 +75,21 @@ def test_a_sample_is_cpu_time_per_call_with_wall_time_beside_it() -> None:
     sample = timer.time(run, repeats=4)
     assert sample.ms == pytest.approx(2) and sample.wall_ms == pytest.approx(5)
     assert timer.statistic == "process CPU time"
+
+
+def test_several_threads_are_timed_by_the_wall() -> None:
+    wall = Clock()
+    evicting = torch.zeros(100)
+    timer = WallTimer(evicting, wall_clock_ns=wall)
+    sample = timer.time(lambda: wall.spend(5), repeats=4)
+    assert sample.ms == sample.wall_ms == pytest.approx(5)
+    timer.flush()
+    assert timer.flush_bytes == 400 and (evicting == 1).all()
+
+
+def test_the_statistic_follows_device_and_threads() -> None:
+    words = [timer_class(kind, threads).statistic for kind, threads in (("cpu", 1), ("cpu", 2), ("cuda", 1))]
+    assert words == ["process CPU time", "wall time", "CUDA event time"]
 
 
 def test_a_cuda_sample_is_what_the_device_worked_not_what_waited_before() -> None:

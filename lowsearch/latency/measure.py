@@ -197,10 +197,11 @@ def run_requests(requests: Sequence[Request], device: Device, *, launch: Launche
     """The timings of all requests as they come, each request in a process of its own.
 
     On a CPU with several cores the processes run side by side: the statistic is CPU time of one thread, and the difference was not
-    resolvable (docs/measurement.md). A GPU is one device, so there they run one after the other.
+    resolvable (docs/measurement.md). A GPU is one device, and wall time wants the machine for itself: there they run one after the other.
     """
     launch = launch or launch_worker
-    at_once = min(len(requests), os.cpu_count() or 1, 2) if device.kind == "cpu" else 1
+    alone = device.kind != "cpu" or any(request.target.threads > 1 for request in requests)
+    at_once = 1 if alone else min(len(requests), os.cpu_count() or 1, 2)
     if at_once < 2:
         for request in requests:
             yield from launch(request)
@@ -244,7 +245,9 @@ def run_requests(requests: Sequence[Request], device: Device, *, launch: Launche
 
 def launch_worker(request: Request) -> Iterator[Timing]:
     """Run `request` in a fresh Python process (worker.py). The process dies with its reader: its next result finds no pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(request.target.threads))
+    # fp32 means fp32, also in the libraries that do not ask us.
+    environment = {**os.environ, **threads, "NVIDIA_TF32_OVERRIDE": "0"}
     package_root = str(Path(lowsearch.__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
     worker = subprocess.Popen(

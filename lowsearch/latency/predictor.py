@@ -99,7 +99,7 @@ class _Traffic:
     """What networks read in a pass, and what that means on the memory of the table's device."""
 
     def __init__(self, table: LatencyTable, space: SearchSpace) -> None:
-        self._bytes_per_number = 2 if table.target.precision == "fp16" else 4
+        self._bytes_per_number = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[table.target.precision]
         self._batch = table.target.batch
         self._curve = MemoryCurve(table.memory)
         measured = [block for block in space.blocks if block in table.entries] or list(table.entries)

@@ -23,13 +23,21 @@ from lowsearch.latency.measure import Effort, Launcher, Progress, network_latenc
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.pace import step_paces
 from lowsearch.latency.session import Found, Partial, Session, locked
-from lowsearch.latency.table import LatencyTable, block_latency, check_fits, find_table, memory_latency
-from lowsearch.latency.target import Context, Device, Target, attached_devices, context, require_attached
+from lowsearch.latency.table import LatencyTable, block_latency, changes, check_fits, find_table, memory_latency
+from lowsearch.latency.target import (
+    Context,
+    Device,
+    Target,
+    attached_devices,
+    context,
+    gpu_state,
+    require_attached,
+    resolve_device,
+)
 from lowsearch.space import SearchSpace
 
 log = logging.getLogger(__name__)
 
-MAX_BLOCKS = 1400
 NETWORK_EFFORT = Effort(processes=4, round_ms=40.0, max_samples=60)
 """Few networks decide how blocks add up, so each is measured twice as often as a block."""
 _DESCENT_STEPS = 60
@@ -40,7 +48,7 @@ def profile(
     target: Target,
     *,
     folder: Path | None = None,
-    max_blocks: int = MAX_BLOCKS,
+    max_blocks: int | None = None,
     n_calibration: int = 20,
     seed: int = 0,
     fresh: bool = False,
@@ -52,6 +60,7 @@ def profile(
 ) -> LatencyTable:
     """Measure what the table of `target` lacks for `space`, and write it under `folder` (default: ./latency_tables).
 
+    At most `max_blocks` blocks of the space are measured; None for as many as the runtime prepares in reasonable time.
     Killed at any moment, the same call resumes. A table of the same machine and versions is extended, any other is replaced;
     with `fresh` it is replaced in any case.
     Raises DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
@@ -63,6 +72,7 @@ def profile(
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         table = _empty(target, here) if fresh else _table_to_extend(target, here, folder)
+        max_blocks = _max_blocks(target) if max_blocks is None else max_blocks
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = table.calibration.get(space.name, ())
         n_networks = max(0, n_calibration - len(known))
@@ -79,17 +89,20 @@ def profile(
             archs = [arch for arch in chosen if arch not in {row.arch for row in known}][:n_networks]
             session.expect_fewer(network_effort.processes * (n_networks - len(archs)))  # A small space may not hold as many.
             table = _with_networks(table, space, session.measure(archs, network_effort))
-        table = dataclasses.replace(table, context=here)
+        # A GPU's clocks say something while it is warm, as it is now.
+        table = dataclasses.replace(table, context=dataclasses.replace(here, **gpu_state(device)))
         table.save(folder)
         partial.path.unlink()
     return table
 
 
-def usable_table(space: SearchSpace, target: Target, *, devices: Sequence[Device] | None = None) -> LatencyTable | None:
+def usable_table(
+    space: SearchSpace, target: Target, *, allow_stale: bool = False, devices: Sequence[Device] | None = None
+) -> LatencyTable | None:
     """The table that a search in `space` may use, or None where this machine has yet to measure it (`profile`).
 
-    For an attached device the table must come from this machine and these versions; for one that is not attached it is used as it
-    is. Raises TableError where a table does not fit or is damaged, or where only another machine could measure it.
+    For an attached device the table must come from this machine and these versions, unless `allow_stale`; for one that is not attached
+    it is used as it is. Raises TableError where a table does not fit or is damaged, or where only another machine could measure it.
     """
     device = next((d for d in (attached_devices() if devices is None else devices) if d.slug == target.device), None)
     if device is None:
@@ -103,20 +116,28 @@ def usable_table(space: SearchSpace, target: Target, *, devices: Sequence[Device
     if not any((folder / target.table_path).is_file() for folder in locations.folders("latency_tables")):
         return None
     table = find_table(target)
-    check_fits(table, target, current_context(target, device))
+    if not allow_stale:
+        check_fits(table, target, current_context(target, device))
     return table if table.calibration.get(space.name) else None
+
+
+def staleness(table: LatencyTable, *, devices: Sequence[Device] | None = None) -> list[str]:
+    """In what this machine differs from when it measured `table`, in words; nothing for a device that is not attached."""
+    device = resolve_device(table.target.device, devices=devices)
+    return changes(table.context, current_context(table.target, device)) if device.attached else []
 
 
 def current_context(target: Target, device: Device) -> Context:
     """What a measurement of `target` that starts now would state about itself. Raises DeviceError for what the runtime cannot do."""
     from lowsearch.latency.runtimes import check_supported, runtime  # imports torch
-    from lowsearch.latency.timers import CpuTimer, CudaTimer, cpu_flush_bytes
+    from lowsearch.latency.timers import cpu_flush_bytes, timer_class
 
     check_supported(target, device.kind)
     chosen = runtime(target.runtime)
-    timer = CpuTimer if device.kind == "cpu" else CudaTimer
-    options = {**chosen.options(), **({"flush_bytes": cpu_flush_bytes()} if device.kind == "cpu" else {})}
-    return context(target, device, statistic=f"25th percentile of {timer.statistic}", versions=chosen.versions(), runtime_options=options)
+    statistic = f"25th percentile of {timer_class(device.kind, target.threads).statistic}"
+    flushed = {"flush_bytes": target.threads * cpu_flush_bytes()} if device.kind == "cpu" else {}
+    options = {**chosen.options(target, device.kind), **flushed}
+    return context(target, device, statistic=statistic, versions=chosen.versions(), runtime_options=options)
 
 
 def choose_blocks(space: SearchSpace, max_blocks: int, *, seed: int) -> list[Block]:
@@ -156,6 +177,12 @@ def choose_networks(space: SearchSpace, n: int, *, seed: int, table: LatencyTabl
         nearest = np.flatnonzero(np.abs(log_size - goal) <= np.sort(np.abs(log_size - goal))[min(9, len(log_size) - 1)])
         chosen.append(descent[rng.choice(nearest)])
     return list(dict.fromkeys(space.decode(genome) for genome in chosen))
+
+
+def _max_blocks(target: Target) -> int:
+    from lowsearch.latency.runtimes import runtime  # imports torch
+
+    return runtime(target.runtime).max_blocks
 
 
 def _block_sizes(space: SearchSpace, table: LatencyTable | None) -> list[float]:

@@ -148,17 +148,22 @@ def check_fits(table: LatencyTable, target: Target, here: Context) -> None:
     """Raise TableError unless `table` was measured for `target` on the machine and with the versions of `here`."""
     if table.target != target:
         raise TableError(f"the table is of {table.target}, not of {target}", hint=target.profile_command)
-    then, now = table.context.fingerprint, here.fingerprint
-    changed = [
-        f"{name}: {then.get(name, 'none')} then, {now.get(name, 'none')} now"
-        for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
-    ]
+    changed = changes(table.context, here)
     if changed:
         raise TableError(
             f"the table of {target} was measured elsewhere or with other versions ({'; '.join(changed)})",
-            hint=f"measure it anew with `{target.profile_command}`",
+            hint=f"measure it anew with `{target.profile_command}`, or let a search use it as it is with --allow-stale",
         )
+
+
+def changes(then: Context, now: Context) -> list[str]:
+    """What differs between two contexts that should agree before times are compared: device, driver, versions; in words."""
+    before, after = then.fingerprint, now.fingerprint
+    return [
+        f"{name}: {before.get(name, 'none')} then, {after.get(name, 'none')} now"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
 
 
 def block_latency(timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[float]]) -> BlockLatency:
@@ -187,6 +192,7 @@ _HEADER_FIELDS = ("schema", "version", "n_memory", "n_blocks", "n_networks", "ta
 _MEMORY_FIELDS = tuple(field.name for field in dataclasses.fields(MemoryLatency) if field.name != "n_bytes")
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
 _NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
+_LATER_CONTEXT_FIELDS = {"clocks": "", "power_limit": ""}
 _KIND_ORDER = {kind: i for i, kind in enumerate(BLOCK_TYPES)}
 _FILE_NAME = re.compile(r"(?P<runtime>[a-z0-9.-]+)-(?P<precision>[a-z0-9]+)-b(?P<batch>\d+)-t(?P<threads>\d+)\.jsonl")
 
@@ -292,7 +298,8 @@ class _Reader:
     def _context(self, values: Any) -> Context:
         if not isinstance(values, dict):
             self._fail("context is no JSON object")
-        self._check_fields(values, [field.name for field in dataclasses.fields(Context)])
+        # Fields that later versions of lowsearch added have a default, and may be missing.
+        self._check_fields({**_LATER_CONTEXT_FIELDS, **values}, [field.name for field in dataclasses.fields(Context)])
         for name in ("versions", "runtime_options"):
             if not isinstance(values[name], dict):
                 self._fail(f"context: {name} is no JSON object")

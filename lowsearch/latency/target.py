@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from lowsearch.errors import DeviceError
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 DeviceKind = Literal["cpu", "cuda", "absent"]
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -122,6 +122,10 @@ class Context:
     """Frequency governor of the first core, or `unknown` where the kernel does not tell."""
     git_sha: str = ""
     """Commit of lowsearch when it ran from a checkout."""
+    clocks: str = ""
+    """Of a GPU: clocks of its processors and its memory as the driver told them then, and the highest that they may take."""
+    power_limit: str = ""
+    """Of a GPU: the power that its driver lets it draw."""
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -186,7 +190,21 @@ def context(
         versions={"lowsearch": metadata.version("lowsearch"), **versions}, runtime_options=dict(runtime_options), statistic=statistic,
         threads=target.threads, precision=target.precision, batch=target.batch,
         date_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), load_average=load_average(), governor=_governor(), git_sha=_git_sha(),
+        **gpu_state(device),
     )  # fmt: skip
+
+
+def gpu_state(device: Device) -> dict[str, str]:
+    """`clocks` and `power_limit` of a CUDA device at this moment, for its Context; empty for others, and where its driver does not tell."""
+    if device.kind != "cuda":
+        return {}
+    fields = "name,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit"
+    for line in _query("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines():
+        name, *values = (part.strip() for part in line.split(","))
+        if cuda_slug(name) == device.slug and len(values) == 5:
+            sm, max_sm, memory, max_memory, power = values
+            return {"clocks": f"{sm} of {max_sm}, memory {memory} of {max_memory}", "power_limit": power}
+    return {}
 
 
 def load_average() -> float | None:

@@ -1,7 +1,8 @@
 """Clocks of the devices: how one call is timed, and how caches are emptied before a cold one.
 
-A CPU is timed in process CPU time of one thread, which other work on the machine hardly moves; a CUDA device by its own events around
-warm, synchronised calls. Clocks and the CUDA module come in as arguments, so tests drive both timers with a fake device.
+A CPU is timed in process CPU time of one thread, which other work on the machine hardly moves, and in wall time where there are more
+threads; a CUDA device by its own events around warm, synchronised calls. Clocks and the CUDA module come in as arguments, so tests
+drive all timers with a fake device.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lowsearch.latency.target import cache_bytes
+from lowsearch.latency.target import DeviceKind, cache_bytes
 
 Run = Callable[[], object]
 
@@ -64,11 +65,13 @@ class CpuTimer:
         cpu_clock_ns: Callable[[], int] = time.process_time_ns,
         wall_clock_ns: Callable[[], int] = time.perf_counter_ns,
         flush_bytes: int | None = None,
+        evicting: Any = None,
     ) -> None:
+        """`evicting`: an array of `flush_bytes` in memory, None for one of ours."""
         self._cpu_clock_ns = cpu_clock_ns
         self._wall_clock_ns = wall_clock_ns
         self.flush_bytes = cpu_flush_bytes() if flush_bytes is None else flush_bytes
-        self._evicting = np.zeros(max(1, self.flush_bytes // 8))
+        self._evicting = np.zeros(max(1, self.flush_bytes // 8)) if evicting is None else evicting
 
     def time(self, run: Run, *, repeats: int) -> Sample:
         wall, cpu = self._wall_clock_ns(), self._cpu_clock_ns()
@@ -78,10 +81,25 @@ class CpuTimer:
         return Sample(ms=cpu / repeats / 1e6, wall_ms=wall / repeats / 1e6)
 
     def flush(self) -> None:
-        np.add(self._evicting, 1.0, out=self._evicting)
+        self._evicting += 1.0
 
     def settle(self, run: Run) -> None:
         pass
+
+
+class WallTimer(CpuTimer):
+    """Wall time, the only clock of several threads: CPU time counts those that spin while they wait. It needs a quiet machine."""
+
+    statistic = "wall time"
+
+    def __init__(self, evicting: Any, *, wall_clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        """`evicting`: a tensor that the threads share, as large as all their cores' caches."""
+        flush_bytes = evicting.numel() * evicting.element_size()
+        super().__init__(wall_clock_ns=wall_clock_ns, flush_bytes=flush_bytes, evicting=evicting)
+
+    def time(self, run: Run, *, repeats: int) -> Sample:
+        wall_ms = super().time(run, repeats=repeats).wall_ms
+        return Sample(ms=wall_ms, wall_ms=wall_ms)
 
 
 class CudaTimer:
@@ -121,6 +139,13 @@ class CudaTimer:
         while self._wall_clock_ns() - began < self.SETTLE_MS * 1e6:
             run()
             self._cuda.synchronize(self._index)
+
+
+def timer_class(kind: DeviceKind, threads: int) -> type[CpuTimer | CudaTimer]:
+    """The timer of a target with so many threads on such a device."""
+    if kind == "cuda":
+        return CudaTimer
+    return CpuTimer if threads == 1 else WallTimer
 
 
 def cpu_flush_bytes() -> int:

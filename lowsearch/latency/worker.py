@@ -23,7 +23,7 @@ from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.runtimes import Program, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Device, Target, cuda_slug, load_average, require_attached
-from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer
+from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer, WallTimer, cpu_flush_bytes
 from lowsearch.latency.timing import Item, Layer, Network, Timing, TimmNetwork
 from lowsearch.model.blocks import LowtentionModule, build_block, conv2d, randomise
 from lowsearch.model.linear_attention import LinearAttention
@@ -75,13 +75,15 @@ def _memory(device: torch.device) -> torch.Tensor:
     return torch.ones(max(READ_BYTES) // 4, device=device)
 
 
-def open_bench(device: Device) -> Bench:
-    """The bench of an attached device."""
+def open_bench(device: Device, threads: int = 1) -> Bench:
+    """The bench of an attached device, for as many threads of a CPU."""
     if device.kind == "cpu":
-        return Bench(torch.device("cpu"), CpuTimer())
+        timer = CpuTimer() if threads == 1 else WallTimer(torch.zeros(threads * cpu_flush_bytes() // 4))
+        return Bench(torch.device("cpu"), timer)
     for index in range(torch.cuda.device_count()):
         if cuda_slug(torch.cuda.get_device_name(index)) == device.slug:
             torch.cuda.set_device(index)
+            torch.cuda.set_stream(torch.cuda.Stream(index))  # Everything runs on one stream; ONNX Runtime refuses the default one.
             place = torch.device("cuda", index)
             l2_bytes = torch.cuda.get_device_properties(index).L2_cache_size
             evicting = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=place)
@@ -142,7 +144,9 @@ def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepare
     x = torch.randn(target.batch, channels, px, px, generator=torch.Generator().manual_seed(seed))
     _calm_attention(module, x)
     expected = reference(module, x)
-    program = runtime(target.runtime).prepare(module, x, precision=target.precision, device=bench.torch_device)
+    program = runtime(target.runtime).prepare(
+        module, x, precision=target.precision, device=bench.torch_device, threads=target.threads
+    )  # fmt: skip
     return _Prepared(item, program, check_parity(program, expected, precision=target.precision, what=what))
 
 
@@ -218,12 +222,12 @@ def main() -> None:
     # Results have the real stdout to themselves; anything a library prints goes to stderr.
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    torch.set_num_threads(1)
-    torch.set_num_interop_threads(1)
     request = Request.from_json(sys.stdin.read())
+    torch.set_num_threads(request.target.threads)
+    torch.set_num_interop_threads(1)
     try:
         device = require_attached(request.target)
-        for timing in serve(request, open_bench(device), device=device):
+        for timing in serve(request, open_bench(device, request.target.threads), device=device):
             results.write(json.dumps(timing.to_dict()) + "\n")
     except LowsearchError as error:
         results.write(json.dumps({"error": type(error).__name__, "message": error.message, "hint": error.hint}) + "\n")

@@ -65,7 +65,7 @@ def _header(study: StudyFiles) -> str:
 <div class="titlebar"><div><p class="eyebrow">lowsearch study</p><h1>{escape(study.name)}</h1></div>
 <button type="button" class="quiet" id="theme">Dark theme</button></div>
 <p class="lead">{lead}</p>
-{_progress_notice(study)}
+{_progress_notice(study)}{_stale_notice(study)}
 <dl class="facts">{"".join(_fact(*fact) for fact in facts(study))}</dl>
 {_spent(study)}
 <noscript><p class="notice">The plots and the network panel need JavaScript; the tables do not.</p></noscript>
@@ -133,6 +133,17 @@ def _progress_notice(study: StudyFiles) -> str:
     if study.missing:
         text += f" Not there yet: {', '.join(study.missing)}."
     return f'<p class="notice">{escape(text)} <code>lowsearch run --study {escape(study.name)}</code> continues it.</p>'
+
+
+def _stale_notice(study: StudyFiles) -> str:
+    stale = (study.settings.get("latency_table") or {}).get("stale")
+    if not stale:
+        return ""
+    text = (
+        f"The latency table was stale, and used because --allow-stale was given: {'; '.join(map(str, stale))}. Predicted latencies are of"
+        " then, measured ones of now."
+    )
+    return f'<p class="notice">{escape(text)}</p>'
 
 
 def _spent(study: StudyFiles) -> str:

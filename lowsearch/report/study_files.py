@@ -137,7 +137,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
         parse_objectives(str(values.get("objective", "acc-latency")))
     except UsageError as error:
         raise StudyError(f"{path}: {error.message}", hint=error.hint) from error
-    for name, numeric in (("images", True), ("versions", False), ("spent_s", True), ("reference_point", True)):
+    for name, numeric in (("images", True), ("versions", False), ("latency_table", False), ("spent_s", True), ("reference_point", True)):
         entries = values.get(name) or {}
         if not isinstance(entries, dict) or (numeric and not all(isinstance(v, int | float) for v in entries.values())):
             raise StudyError(f"{path}: {name} is {entries!r}, expected a mapping{' of names to numbers' if numeric else ''}")

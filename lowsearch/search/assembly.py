@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -23,7 +24,7 @@ from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
-from lowsearch.latency.profile import current_context, profile, usable_table
+from lowsearch.latency.profile import current_context, profile, staleness, usable_table
 from lowsearch.latency.table import LatencyTable, check_fits
 from lowsearch.latency.target import Target, resolve_device, resolve_target
 from lowsearch.latency.timing import NetworkLatency
@@ -31,6 +32,8 @@ from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings
 from lowsearch.space import SearchSpace
 from lowsearch.train import Recipe, evaluate, recipe, train
+
+log = logging.getLogger(__name__)
 
 SPACE_FILE = "space.yaml"
 TABLE_FILE = "latency_table.jsonl"
@@ -67,17 +70,17 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         space = space.with_num_classes(len(data.classes))
     target = _target(settings)
     stored = folder / TABLE_FILE
-    if stored.exists():
-        device = resolve_device(target.device)
-        if device.attached:
-            check_fits(LatencyTable.load(stored), target, current_context(target, device))
-        return
-    if usable_table(space, target) is None:
-        profile(space, target, progress=progress)
-    table = usable_table(space, target)
-    assert table is not None, "profile has just measured it"
-    LatencyPredictor(space, table)  # Raises where the table cannot carry a search.
-    _copy_table(table, stored)
+    if not stored.exists():
+        if usable_table(space, target, allow_stale=settings.allow_stale) is None:
+            profile(space, target, progress=progress)
+        table = usable_table(space, target, allow_stale=settings.allow_stale)
+        assert table is not None, "profile has just measured it"
+        LatencyPredictor(space, table)  # Raises where the table cannot carry a search.
+        _copy_table(table, stored)
+    elif not settings.allow_stale and (device := resolve_device(target.device)).attached:
+        check_fits(LatencyTable.load(stored), target, current_context(target, device))
+    if settings.allow_stale and (stale := staleness(LatencyTable.load(stored))):
+        log.warning("the latency table does not fit this machine (%s); it is used all the same, as --allow-stale says", "; ".join(stale))
 
 
 def build_parts(folder: Path, settings: StudySettings) -> Parts:
@@ -115,7 +118,8 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
         train_final=finalist if trains else None, measure=measure if attached else None,
-        anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)], facts=_facts(table, data),
+        anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
+        facts=_facts(table, data, stale=staleness(table) if settings.allow_stale else []),
     )  # fmt: skip
 
 
@@ -159,13 +163,13 @@ def _copy_table(table: LatencyTable, path: Path) -> None:
     shutil.rmtree(staging)
 
 
-def _facts(table: LatencyTable, data: ImageData | None) -> dict[str, Any]:
-    """What study.yaml states beside the settings."""
+def _facts(table: LatencyTable, data: ImageData | None, *, stale: list[str]) -> dict[str, Any]:
+    """What study.yaml states beside the settings. `stale`: in what the table does not fit this machine."""
     facts: dict[str, Any] = {
         "device_name": table.context.device_name,
         "latency_table": {
             "measured": table.context.date_utc, "blocks": len(table.entries), "statistic": table.context.statistic,
-            "versions": dict(table.context.versions),
+            "versions": dict(table.context.versions), **({"stale": stale} if stale else {}),
         },
     }  # fmt: skip
     if data is not None:

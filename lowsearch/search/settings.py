@@ -52,6 +52,8 @@ class StudySettings:
     """`trained`, or a proxy that needs no training; None for `trained` where the data suit the space."""
     final_seeds: int | None = None
     """Fresh trainings of every finalist; None for 1, or 2 where the budget allows."""
+    allow_stale: bool = False
+    """Whether a latency table of this machine may be used that other versions, or another driver, measured."""
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
@@ -95,6 +97,7 @@ class StudySettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
         """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
+        values = {"allow_stale": False, **values}  # Studies from before there was a choice have none.
         names = {field.name for field in dataclasses.fields(cls)}
         for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
             if wrong:
@@ -106,8 +109,8 @@ class StudySettings:
         return cls(**{**values, "limits": parsed})
 
 
-EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds")
-"""Settings that a resumed study may change: more of the same search. Any other change would mix two studies."""
+EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds", "allow_stale")
+"""Settings that a resumed study may change: more of the same search, with the table it has. Any other change would mix two studies."""
 
 _FLAGS = {"objective": "--objective", "limits": "--max/--min", "budget_s": "--budget"}
 

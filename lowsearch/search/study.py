@@ -132,6 +132,7 @@ def _opened(folder: Path, settings: StudySettings, parts: Parts) -> Plan:
     if values is None:
         values = _new_study(folder, settings, parts)
     values |= _shown_settings(settings) | {"settings": settings.to_dict()}
+    values |= {"latency_table": parts.facts["latency_table"]} if "latency_table" in parts.facts else {}  # It may be stale by now.
     write_study_file(folder, values)
     return Plan.read(folder)
 
@@ -156,9 +157,18 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
         "reference_point": {metric: float(value) for metric, value in reference.items()},
         "slice_edges": edges,
         "space_size": float(parts.space.size()),
-        "versions": {name: metadata.version(name) for name in ("lowsearch", "optuna", "torch", "onnxruntime")},
+        "versions": _versions("lowsearch", "optuna", "torch", "onnxruntime", "onnxruntime-gpu"),
         **parts.facts,
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed."""
+    found: dict[str, str] = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _shown_settings(settings: StudySettings) -> dict[str, Any]:
