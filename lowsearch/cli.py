@@ -335,7 +335,7 @@ def run(
         float, typer.Option("--confidence", help="With which a network has to keep a latency limit before it is tried.")
     ] = 0.9,
     sampler: Annotated[
-        Literal["lowsearch", "nsga2", "tpe", "random"], typer.Option("--sampler", help="What proposes networks.")
+        str, typer.Option("--sampler", help="What proposes networks: lowsearch, nsga2, nsga3, tpe, gp, random or exhaustive.")
     ] = "lowsearch",
     workers: Annotated[int, typer.Option("--workers", help="Processes that train side by side.")] = 2,
     accuracy: Annotated[
@@ -528,6 +528,8 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     if pace is not None and abs(pace - 1) >= 0.02:
         change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"
         _tell(f"the machine was {change} when it measured the shortlist than when it measured the table")
+    if summary.get("exhausted"):
+        _tell("the search has ended early: no network within the limits is left to try")
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
     _tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} finalists ({spent})")
 
