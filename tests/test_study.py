@@ -20,9 +20,12 @@ import pytest
 
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report.study_files import read_study
+from lowsearch.search import refinement
 from lowsearch.search import study as studies
+from lowsearch.search.explain import Change
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.promotion import may_go_on, slice_edges
+from lowsearch.search.refinement import Lead
 from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
 from lowsearch.search.storage import candidates, enqueue, n_proposals, open_study, reclaim
 from lowsearch.search.study import Clock, run
@@ -138,6 +141,22 @@ def test_plain_optuna_reads_values_genes_and_what_the_study_notes(searched):
         assert trial.user_attrs["origin"] == c.origin and trial.user_attrs["score"]["rung"] == c.rung
     assert {trial.number for trial in study.best_trials} <= {c.number for c in found}
     assert len(study.trials_dataframe()) == len(found)
+
+
+def test_enqueued_networks_are_trained_next_and_count_as_proposals(tmp_path):
+    settings = StudySettings(trials=1, workers=1)
+    folder = tmp_path / "study"
+    search(folder, settings)
+    archs = [SPACE.decode(genome) for genome in SPACE.sample(2, rng=np.random.default_rng(5))]
+    nothing = {"latency_ms": 0.0, "latency_std_ms": 0.0, "latency_share": 0.0, "macs": 0, "macs_share": 0.0, "params": 0}
+    nothing |= {"params_share": 0.0, "score": 0.0, "score_std": 0.0, "steps": ()}
+    leads = [Lead(change=Change(arch=arch, **nothing), gain="faster", hypervolume=0.0) for arch in archs]
+    ids = [arch.arch_id for arch in archs]
+    assert refinement.enqueue(folder, settings, SPACE, leads) == ids
+    assert refinement.enqueue(folder, settings, SPACE, leads) == ids  # Once is enough.
+    found = search(folder, settings)
+    assert [(c.name, c.state, c.origin) for c in found[-2:]] == [(arch_id, "complete", "proposed") for arch_id in ids]
+    assert len(found) == len(FAMILY) + 3
 
 
 def test_a_repeated_network_is_pruned_with_its_reason(tmp_path):
