@@ -391,6 +391,97 @@ def report(study: Annotated[str, typer.Argument(help="Name or folder of a study.
     typer.echo(build_report(_study_folder(study)))
 
 
+studies = typer.Typer(help="Studies as values: list, show, export, diff, merge.", rich_markup_mode=None)
+app.add_typer(studies, name="study")
+StudyName = Annotated[str, typer.Argument(help="Name or folder of a study.")]
+
+
+@studies.command("list")
+def list_studies(as_json: JsonFlag = False) -> None:
+    """Every study here: when and for what it was made, how many networks it scored, and what it found."""
+    from lowsearch.report.study_tools import list_studies as listed
+
+    rows = listed()
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        columns = list(dict.fromkeys(name for row in rows for name in row if name != "folder"))
+        _print_table("Studies", columns, [[row.get(name) for name in columns] for row in rows])
+    else:
+        _tell("no study yet; make one: lowsearch run --objective acc-latency")
+
+
+@studies.command("show")
+def show_study(study: StudyName, as_json: JsonFlag = False) -> None:
+    """A study's settings, its counts and its front."""
+    from lowsearch.report.study_files import read_study
+    from lowsearch.report.study_tools import show
+
+    found = show(read_study(_study_folder(study)))
+    if as_json:
+        _print_json(found)
+        return
+    values = {**found["settings"], "limits": ", ".join(found["settings"]["limits"] or ()) or "none"}
+    values |= {name: found[name] for name in ("created", "scored", "finalists", "hypervolume")}
+    _print_table(f"Study {found['name']}", ["what", "value"], [[name, _plain(value)] for name, value in values.items()])
+    _print_front(found["name"], found["front"])
+
+
+@studies.command("export")
+def export_study(
+    study: StudyName, out: Annotated[Path, typer.Option("--out", help="File to write: .csv or .json.")], as_json: JsonFlag = False
+) -> None:
+    """All candidates and finalists with their architectures, in one file."""
+    from lowsearch.report.study_files import read_study
+    from lowsearch.report.study_tools import export
+
+    n_rows = export(read_study(_study_folder(study)), out)
+    if as_json:
+        _print_json({"file": str(out), "rows": n_rows})
+    else:
+        typer.echo(f"{out}: {n_rows} rows")
+
+
+@studies.command("diff")
+def diff_studies(first: StudyName, second: StudyName, as_json: JsonFlag = False) -> None:
+    """Which settings of two studies differ, and how their fronts compare."""
+    from lowsearch.report.study_files import read_study
+    from lowsearch.report.study_tools import diff
+
+    found = diff(read_study(_study_folder(first)), read_study(_study_folder(second)))
+    if as_json:
+        _print_json(found)
+        return
+    if found["settings"]:
+        changed = [[name, *map(_plain, pair)] for name, pair in found["settings"].items()]
+        _print_table("Settings that differ", ["setting", first, second], changed)
+    columns = ("name", "networks", "hypervolume", "dominated", "clearly")
+    fronts = [{name: front[name] for name in columns} for front in found["fronts"]]
+    _print_rows(f"Fronts, accuracy on {found['accuracy_on']} images, one reference point", fronts)
+    for caveat in found["caveats"]:
+        _tell(f"not alike: {caveat}")
+
+
+@studies.command("merge")
+def merge_studies(
+    first: StudyName,
+    second: StudyName,
+    study: Annotated[str, typer.Option("--study", help="Name of the new study.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Two searches of one space, data set, recipe and target as one study that can go on; anything else is refused."""
+    from lowsearch import locations
+    from lowsearch.search.merging import merge
+
+    into = locations.new("studies") / _study_name(study)
+    counts = merge(_study_folder(first), _study_folder(second), into)
+    if as_json:
+        _print_json({"study": study, **counts})
+    else:
+        typer.echo(f"{into}: {counts['first']} networks of {first}, {counts['second']} more of {second}, {counts['records']} trainings")
+        _tell(f"it goes on with: lowsearch run --study {study} --budget …")
+
+
 @app.command()
 def explain(
     context: typer.Context,
@@ -612,7 +703,7 @@ def _network(name: str) -> Any:
 
 
 def _print_front(study: str, front: Sequence[Mapping[str, Any]]) -> None:
-    trained = any("test_accuracy" in row for row in front)
+    trained = any(row.get("test_accuracy") is not None for row in front)
     rows = [
         {"network": row.get("name") or row["arch_id"], "origin": row["origin"]}
         | (
