@@ -342,7 +342,7 @@ def run(
         float, typer.Option("--confidence", help="With which a network has to keep a latency limit before it is tried.")
     ] = 0.9,
     sampler: Annotated[
-        Literal["lowsearch", "nsga2", "tpe", "random"], typer.Option("--sampler", help="What proposes networks.")
+        str, typer.Option("--sampler", help="What proposes networks: lowsearch, nsga2, nsga3, tpe, gp, random or exhaustive.")
     ] = "lowsearch",
     workers: Annotated[int, typer.Option("--workers", help="Processes that train side by side.")] = 2,
     accuracy: Annotated[
@@ -400,6 +400,214 @@ def report(study: Annotated[str, typer.Argument(help="Name or folder of a study.
     from lowsearch.report.page import build_report
 
     typer.echo(build_report(_study_folder(study)))
+
+
+studies = typer.Typer(help="Studies as values: list, show, export, diff, merge.", rich_markup_mode=None)
+app.add_typer(studies, name="study")
+StudyName = Annotated[str, typer.Argument(help="Name or folder of a study.")]
+
+
+@studies.command("list")
+def list_studies(as_json: JsonFlag = False) -> None:
+    """Every study here: when and for what it was made, how many networks it scored, and what it found."""
+    from lowsearch.report.study_tools import list_studies as listed
+
+    rows = listed()
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        columns = list(dict.fromkeys(name for row in rows for name in row if name != "folder"))
+        _print_table("Studies", columns, [[row.get(name) for name in columns] for row in rows])
+    else:
+        _tell("no study yet; make one: lowsearch run --objective acc-latency")
+
+
+@studies.command("show")
+def show_study(study: StudyName, as_json: JsonFlag = False) -> None:
+    """A study's settings, its counts and its front."""
+    from lowsearch.report.study_files import read_study
+    from lowsearch.report.study_tools import show
+
+    found = show(read_study(_study_folder(study)))
+    if as_json:
+        _print_json(found)
+        return
+    values = {**found["settings"], "limits": ", ".join(found["settings"]["limits"] or ()) or "none"}
+    values |= {name: found[name] for name in ("created", "scored", "finalists", "hypervolume")}
+    _print_table(f"Study {found['name']}", ["what", "value"], [[name, _plain(value)] for name, value in values.items()])
+    _print_front(found["name"], found["front"])
+
+
+@studies.command("export")
+def export_study(
+    study: StudyName, out: Annotated[Path, typer.Option("--out", help="File to write: .csv or .json.")], as_json: JsonFlag = False
+) -> None:
+    """All candidates and finalists with their architectures, in one file."""
+    from lowsearch.report.study_files import read_study
+    from lowsearch.report.study_tools import export
+
+    n_rows = export(read_study(_study_folder(study)), out)
+    if as_json:
+        _print_json({"file": str(out), "rows": n_rows})
+    else:
+        typer.echo(f"{out}: {n_rows} rows")
+
+
+@studies.command("diff")
+def diff_studies(first: StudyName, second: StudyName, as_json: JsonFlag = False) -> None:
+    """Which settings of two studies differ, and how their fronts compare."""
+    from lowsearch.report.study_files import read_study
+    from lowsearch.report.study_tools import diff
+
+    found = diff(read_study(_study_folder(first)), read_study(_study_folder(second)))
+    if as_json:
+        _print_json(found)
+        return
+    if found["settings"]:
+        changed = [[name, *map(_plain, pair)] for name, pair in found["settings"].items()]
+        _print_table("Settings that differ", ["setting", first, second], changed)
+    columns = ("name", "networks", "hypervolume", "dominated", "clearly")
+    fronts = [{name: front[name] for name in columns} for front in found["fronts"]]
+    _print_rows(f"Fronts, accuracy on {found['accuracy_on']} images, one reference point", fronts)
+    for caveat in found["caveats"]:
+        _tell(f"not alike: {caveat}")
+
+
+@studies.command("merge")
+def merge_studies(
+    first: StudyName,
+    second: StudyName,
+    study: Annotated[str, typer.Option("--study", help="Name of the new study.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Two searches of one space, data set, recipe and target as one study that can go on; anything else is refused."""
+    from lowsearch import locations
+    from lowsearch.search.merging import merge
+
+    into = locations.new("studies") / _study_name(study)
+    counts = merge(_study_folder(first), _study_folder(second), into)
+    if as_json:
+        _print_json({"study": study, **counts})
+    else:
+        typer.echo(f"{into}: {counts['first']} networks of {first}, {counts['second']} more of {second}, {counts['records']} trainings")
+        _tell(f"it goes on with: lowsearch run --study {study} --budget …")
+
+
+@app.command()
+def explain(
+    context: typer.Context,
+    arch: Annotated[str, typer.Option("--arch", help="A preset, an arch.json, a family member's name, or an arch_id of the study.")],
+    study: Annotated[str | None, typer.Option("--study", help="A study, for its networks, table and estimate of accuracy.")] = None,
+    device: DeviceOption = "cpu",
+    runtime: RuntimeOption = "onnxruntime",
+    space: Annotated[str | None, typer.Option("--space", help="The space of the changes; default: the first with the network.")] = None,
+    precision: PrecisionOption = "fp32",
+    batch: BatchOption = 1,
+    threads: ThreadsOption = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Where a network's time goes, and what every single change of it would do to latency, MACs, params and accuracy."""
+    from lowsearch.latency.target import resolve_target
+    from lowsearch.search import knowledge
+    from lowsearch.search.explain import explain as take_apart
+    from lowsearch.space import SearchSpace
+
+    if study is not None:
+        typed = [name for name in ("device", "runtime", "space", "precision", "batch", "threads") if _was_typed(context, name)]
+        if typed:
+            raise UsageError(f"a study has its own {typed[0]}", hint=f"drop --{typed[0]}, or drop --study")
+        known = knowledge.of_study(_study_folder(study))
+        network = _network_in(known.space, arch, study)
+    else:
+        chosen = SearchSpace.load(space) if space is not None else None
+        network = chosen.family[arch] if chosen is not None and arch in chosen.family else _network(arch)
+        chosen = knowledge.space_of(network) if chosen is None else chosen.with_num_classes(network.num_classes)
+        chosen.encode(network)
+        known = knowledge.on_target(chosen, resolve_target(device, runtime, precision=precision, batch=batch, threads=threads))
+    found = take_apart(known, network)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    for title, parts in (("By stage", found.stages), ("By block", found.blocks)):
+        _print_rows(
+            f"{title}: {arch} ({network.arch_id}) on {found.target}",
+            [
+                {
+                    "place": part.place, "kind": part.kind, "latency_ms": part.latency_ms, "latency %": round(100 * part.latency_share, 1),
+                    "source": part.source, "MMACs": part.macs / 1e6, "MACs %": round(100 * part.macs_share, 1),
+                    "Kparams": part.params / 1e3,
+                }
+                for part in parts
+            ],
+        )  # fmt: skip
+    total = f"total {found.latency_ms:.4g} ± {found.latency_std_ms:.2g} ms ({found.latency_source}), {found.macs / 1e6:.4g} MMACs"
+    if found.score is not None and found.score_std is not None and found.score_source == "estimated":
+        total += f", accuracy {100 * found.score:.1f} ± {100 * found.score_std:.1f} % (estimated)"
+    typer.echo(f"{total}\n")
+    misled = sum(bool(change.macs_say) for change in found.changes)
+    if found.changes:
+        title = f"One change: what it adds. MACs mislead about {misled} of {len(found.changes)}"
+        _print_rows(title, [_change_row(change, found.score_source) for change in found.changes])
+
+
+@app.command()
+def refine(
+    study: Annotated[str, typer.Argument(help="A study.")],
+    arch: Annotated[str, typer.Option("--arch", help="arch_id of a network of the study, a preset or an arch.json.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many to print.")] = 10,
+    enqueue: Annotated[int, typer.Option("--enqueue", min=0, help="Have the study train so many of the best at its next run.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Networks one or two changes away that are faster at equal estimated score, or better at equal latency, beyond the uncertainty."""
+    from lowsearch.search import knowledge, refinement
+    from lowsearch.search.worker import Plan
+
+    folder = _study_folder(study)
+    plan, known = Plan.read(folder), knowledge.of_study(folder)
+    network = _network_in(known.space, arch, study)
+    found = refinement.refine(
+        known, network, settings=plan.settings, reference=plan.reference, tried=refinement.tried_in(folder, known.space)
+    )  # fmt: skip
+    path = refinement.save(folder, found)
+    waiting = refinement.enqueue(folder, plan.settings, known.space, found.leads[:enqueue]) if enqueue else []
+    if as_json:
+        _print_json({"study": folder.name, **found.to_dict(), "waiting": waiting, "file": str(path)})
+        return
+    title = f"{len(found.leads)} of {found.n_judged} untried networks one or two changes from {network.arch_id} promise more"
+    if found.leads:
+        _print_rows(
+            title, [{"network": x.change.arch_id, "gain": x.gain, **_change_row(x.change, known.score_source)} for x in found.leads[:top]]
+        )
+    else:
+        _tell(f"{title}: it is the best of its neighbourhood, as far as the predictors can tell")
+    _tell(f"networks: {path}")
+    if waiting:
+        _tell(f"{len(waiting)} wait for training; a search that has spent its time needs more: lowsearch run --study {study} --budget …")
+
+
+def _network_in(space: Any, name: str, study: str) -> Any:
+    """A network of a study's space by what a user calls it, with the study's number of classes."""
+    import dataclasses
+
+    from lowsearch.presets import PRESETS
+
+    if name in space.family:
+        return space.family[name]
+    if name.endswith(".json") or name in PRESETS:
+        return dataclasses.replace(_network(name), num_classes=space.num_classes)
+    return _network_of_study(study, name)[0]
+
+
+def _change_row(change: Any, score_source: str) -> dict[str, Any]:
+    """The row of a table for one `lowsearch.search.explain.Change`."""
+    row = {
+        "change": ", ".join(map(str, change.steps)), "latency_ms": change.latency_ms, "±": change.latency_std_ms,
+        "latency %": round(100 * change.latency_share, 1), "MACs %": round(100 * change.macs_share, 1),
+        "params %": round(100 * change.params_share, 1), "MACs say": change.macs_say,
+    }  # fmt: skip
+    if score_source == "estimated":
+        row |= {"accuracy %": round(100 * change.score, 2), "± %": round(100 * change.score_std, 2)}
+    return row
 
 
 @app.command()
@@ -506,7 +714,7 @@ def _network(name: str) -> Any:
 
 
 def _print_front(study: str, front: Sequence[Mapping[str, Any]]) -> None:
-    trained = any("test_accuracy" in row for row in front)
+    trained = any(row.get("test_accuracy") is not None for row in front)
     rows = [
         {"network": row.get("name") or row["arch_id"], "origin": row["origin"]}
         | (
@@ -539,6 +747,8 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     if pace is not None and abs(pace - 1) >= 0.02:
         change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"
         _tell(f"the machine was {change} when it measured the shortlist than when it measured the table")
+    if summary.get("exhausted"):
+        _tell("the search has ended early: no network within the limits is left to try")
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
     _tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} finalists ({spent})")
 

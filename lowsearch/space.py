@@ -195,6 +195,33 @@ class SearchSpace:
         first, second = self._checked(first), self._checked(second)
         return self.canonical(np.where(rng.random(first.shape) < 0.5, first, second))
 
+    def neighbours(self, genome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The networks that one change of one setting makes of `genome` (n_genes,): which gene, (n,), and canonical genomes (n, n_genes).
+
+        A setting with an order takes the next smaller and the next larger of its choices, one without (a projection) each of the others.
+        What a change brings into effect holds its first choice. No network is there twice.
+        """
+        genome = self.canonical(genome[None])[0]
+        steps = [
+            (gene, step) for gene in np.flatnonzero(self.active(genome[None])[0]) for step in self._steps[gene][genome[gene]]
+        ]  # fmt: skip
+        genes = np.array([gene for gene, _ in steps], dtype=int)
+        changed = np.repeat(genome[None], len(steps), axis=0)
+        changed[np.arange(len(steps)), genes] = [step for _, step in steps]
+        return genes, self.canonical(changed)
+
+    def all_genomes(self) -> np.ndarray:
+        """Every network of the space once, (size(), n_genes) int8, canonical. Only for spaces whose `size()` fits in memory."""
+        genomes = np.zeros((1, self.n_genes), dtype=np.int8)
+        n_conditions = np.bincount([gene for gene, _, _ in self._conditions], minlength=self.n_genes)
+        for gene in np.argsort(n_conditions, kind="stable"):  # What a gene depends on has fewer conditions than the gene itself.
+            free = self.active(genomes)[:, gene]
+            choices = np.tile(np.arange(self.cardinalities[gene], dtype=np.int8), int(free.sum()))
+            opened = np.repeat(genomes[free], self.cardinalities[gene], axis=0)
+            opened[:, gene] = choices
+            genomes = np.vstack([genomes[~free], opened])
+        return genomes
+
     def encode(self, arch: Arch) -> np.ndarray:
         """The canonical genome of `arch`, (n_genes,) int8. Raises NotInSpaceError naming the setting the space does not offer."""
         if arch.num_classes != self.num_classes:
@@ -306,6 +333,20 @@ class SearchSpace:
                 f"gene {gene.name} is {genomes[row, column]}, space {self.name!r} has choices 0 to {len(gene.choices) - 1}"
             )
         return genomes.astype(np.int8, copy=False)
+
+    @cached_property
+    def _steps(self) -> list[list[list[int]]]:
+        """For every gene and every choice of it, the choices one step away."""
+        steps = []
+        for gene in self.genes:
+            indices = range(len(gene.choices))
+            if isinstance(gene.choices[0], str):
+                steps.append([[other for other in indices if other != index] for index in indices])
+                continue
+            order = sorted(indices, key=lambda index, choices=gene.choices: choices[index])
+            rank = {index: position for position, index in enumerate(order)}
+            steps.append([[order[r] for r in (rank[index] - 1, rank[index] + 1) if 0 <= r < len(order)] for index in indices])
+        return steps
 
     @cached_property
     def _conditions(self) -> list[tuple[int, int, np.ndarray]]:

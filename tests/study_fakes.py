@@ -30,7 +30,7 @@ from lowsearch.search.settings import StudySettings
 from lowsearch.search.study import Backend, run
 from lowsearch.space import SearchSpace
 
-SPACE = SearchSpace.load("lowformer-micro")
+SPACE = SearchSpace.load(os.environ.get("FAKE_SPACE", "lowformer-micro"))
 SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
 _sample = SPACE.sample(500, rng=np.random.default_rng(0))
 _features = np.column_stack([SPACE.features(_sample), np.log(SCORE(_sample))])

@@ -20,9 +20,12 @@ import pytest
 
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report.study_files import read_study
+from lowsearch.search import refinement
 from lowsearch.search import study as studies
+from lowsearch.search.explain import Change
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.promotion import may_go_on, slice_edges
+from lowsearch.search.refinement import Lead
 from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
 from lowsearch.search.storage import candidates, enqueue, n_proposals, open_study, reclaim
 from lowsearch.search.study import Clock, run
@@ -37,8 +40,17 @@ _spec.loader.exec_module(fakes)
 
 SPACE = fakes.SPACE
 FAMILY = [arch.arch_id for arch in SPACE.family.values()]
-SAMPLERS = ["lowsearch", "nsga2", "tpe", "random"]
+SAMPLERS = ["lowsearch", "nsga2", "nsga3", "tpe", "gp", "random"]
 SHORT = {"trials": 3, "workers": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_beginnings():
+    """Samplers leave their random beginning within a handful of trials, so that a short study shows what they do after it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lowsearch.search.samplers.POPULATION", 3)
+        patched.setattr("lowsearch.search.foreign.N_STARTUP", 5)
+        yield
 
 
 class Death(BaseException):
@@ -104,7 +116,7 @@ def test_trial_values_are_the_estimate_and_the_predicted_latency(searched):
         assert trial.values == [c.accuracy, pytest.approx(fakes.FakeLatency().predict(c.genome[None])[0][0])]
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS[1:])
 def test_networks_over_a_limit_are_never_trained_and_do_not_count(tmp_path, sampler):
     limits = parse_limits(maxima=["latency_ms=0.4", "params=700000"])
     found = search(tmp_path / "study", StudySettings(trials=6, workers=1, sampler=sampler, limits=limits))
@@ -115,8 +127,36 @@ def test_networks_over_a_limit_are_never_trained_and_do_not_count(tmp_path, samp
         assert (c.state == "complete") == allowed == (SPACE.decode(c.genome).arch_id in trained)
         assert allowed or "latency_ms <= 0.4" in c.reason
     assert sum(c.state == "complete" and c.origin != "family" for c in found) == 6
-    if sampler == "random":
-        assert all(c.state == "complete" for c in found if c.origin == "random")
+    if sampler in ("random", "gp"):
+        assert all(c.state == "complete" for c in found if c.origin != "family")
+
+
+def test_plain_optuna_reads_values_genes_and_what_the_study_notes(searched):
+    folder, found = searched
+    study = optuna.load_study(study_name="lowsearch", storage=f"sqlite:///{folder / 'study.db'}")
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    for c, trial in zip(found, study.trials, strict=True):
+        assert trial.values[0] == c.accuracy
+        assert (SPACE.canonical(np.array([[trial.params[gene.name] for gene in SPACE.genes]], dtype=np.int8))[0] == c.genome).all()
+        assert trial.user_attrs["origin"] == c.origin and trial.user_attrs["score"]["rung"] == c.rung
+    assert {trial.number for trial in study.best_trials} <= {c.number for c in found}
+    assert len(study.trials_dataframe()) == len(found)
+
+
+def test_enqueued_networks_are_trained_next_and_count_as_proposals(tmp_path):
+    settings = StudySettings(trials=1, workers=1)
+    folder = tmp_path / "study"
+    search(folder, settings)
+    archs = [SPACE.decode(genome) for genome in SPACE.sample(2, rng=np.random.default_rng(5))]
+    nothing = {"latency_ms": 0.0, "latency_std_ms": 0.0, "latency_share": 0.0, "macs": 0, "macs_share": 0.0, "params": 0}
+    nothing |= {"params_share": 0.0, "score": 0.0, "score_std": 0.0, "steps": ()}
+    leads = [Lead(change=Change(arch=arch, **nothing), gain="faster", hypervolume=0.0) for arch in archs]
+    ids = [arch.arch_id for arch in archs]
+    assert refinement.enqueue(folder, settings, SPACE, leads) == ids
+    assert refinement.enqueue(folder, settings, SPACE, leads) == ids  # Once is enough.
+    found = search(folder, settings)
+    assert [(c.name, c.state, c.origin) for c in found[-2:]] == [(arch_id, "complete", "proposed") for arch_id in ids]
+    assert len(found) == len(FAMILY) + 3
 
 
 def test_a_repeated_network_is_pruned_with_its_reason(tmp_path):
@@ -433,7 +473,7 @@ def test_on_a_device_that_is_not_attached_every_latency_comes_from_its_table(tmp
 
 def test_two_runs_of_one_study_at_once_are_refused(tmp_path):
     folder = tmp_path / "study"
-    with studies._locked(tmp_path), pytest.raises(StudyError, match="is being run by another process"), studies._locked(tmp_path):
+    with studies.locked(tmp_path), pytest.raises(StudyError, match="is being run by another process"), studies.locked(tmp_path):
         pass
     folder.mkdir()
 
@@ -477,7 +517,7 @@ def test_settings_survive_their_file():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"sampler": "nsga3"}, {"accuracy": "synflow"}, {"workers": 0}, {"trials": 0}, {"trials": True}, {"seed": -1}, {"batch": 1.5},
+        {"sampler": "cma"}, {"accuracy": "synflow"}, {"workers": 0}, {"trials": 0}, {"trials": True}, {"seed": -1}, {"batch": 1.5},
         {"budget_s": 0.0}, {"budget_s": float("inf")}, {"objective": "acc"}, {"final_seeds": 0},
         {"accuracy": "macs", "limits": parse_limits(minima=["accuracy=0.5"])},
     ],

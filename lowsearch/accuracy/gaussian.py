@@ -56,9 +56,17 @@ class GaussianProcess:
         prior = self._prior_var(points)
         if not len(self.points):
             return np.zeros(len(points)), prior
-        cross = self._kernel(
-            points.cost @ self.points.cost.T, points.features @ self.points.features.T, _squared_distances(points, self.points)
-        )
+        cross = self._cross(points)
+        solved = cho_solve((self._factor, True), cross.T)
+        return cross @ self._alpha, np.maximum(prior - np.einsum("ij,ji->i", cross, solved), 1e-12)
+
+    def predict_differences(self, origin: Points, points: Points) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance (n,) of the residual at `points` minus that at the one point `origin`; what both share cancels."""
+        near = self._kernel(points.cost @ origin.cost.T, points.features @ origin.features.T, _squared_distances(points, origin))[:, 0]
+        prior = self._prior_var(points) + self._prior_var(origin)[0] - 2 * near
+        if not len(self.points):
+            return np.zeros(len(points)), prior
+        cross = self._cross(points) - self._cross(origin)
         solved = cho_solve((self._factor, True), cross.T)
         return cross @ self._alpha, np.maximum(prior - np.einsum("ij,ji->i", cross, solved), 1e-12)
 
@@ -100,6 +108,12 @@ class GaussianProcess:
         gram[np.diag_indices_from(gram)] += self.noise_var + self.lack_of_fit_var
         self._factor = cholesky(gram, lower=True)
         self._alpha = cho_solve((self._factor, True), self.residual)
+
+    def _cross(self, points: Points) -> np.ndarray:
+        """Covariance of `points` with the observations, (n, n_observed)."""
+        return self._kernel(
+            points.cost @ self.points.cost.T, points.features @ self.points.features.T, _squared_distances(points, self.points)
+        )
 
     def _kernel(self, gram_cost: np.ndarray, gram_features: np.ndarray, squared: np.ndarray) -> np.ndarray:
         cost, features, _, curved, length = self.scales

@@ -116,6 +116,16 @@ class AccuracyPredictor:
         residual, variance = self._exact.predict(points)
         return np.clip(self._prior_mean(points) + residual, 0, 1), np.sqrt(self._exact_scale**2 * variance + self._seed_var)
 
+    def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, std) of the accuracy of each genome of `after` (n, n_genes) minus that of the genome `before` (n_genes,), (n,) each.
+
+        By the full Gaussian process, in which what two similar networks share cancels. It is the difference of their means over seeds:
+        two single trainings differ by their seeds on top.
+        """
+        origin, points = self._points(before[None]), self._points(after)
+        residual, variance = self._exact.predict_differences(origin, points)
+        return self._prior_mean(points) - self._prior_mean(origin) + residual, self._exact_scale * np.sqrt(variance)
+
     def predict_record(self, record: AccuracyRecord) -> tuple[float, float]:
         """(mean, std) of the full-schedule accuracy of the network of `record`, from its curve and its architecture together."""
         mean, var = self._estimate([record])

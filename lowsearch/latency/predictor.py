@@ -171,6 +171,33 @@ class LatencyPredictor:
             for latency in [self.latency(block)]
         ]  # fmt: skip
 
+    def changes(self, before: Arch, after: Sequence[Arch]) -> tuple[np.ndarray, np.ndarray]:
+        """How much longer each network of `after` takes than `before`: mean_ms (n,), std_ms (n,).
+
+        Two networks that share most of their blocks err together, so the deviation of their difference is not that of two networks. The
+        error of a whole network is laid on its blocks, independently and in proportion to their times; what both networks spend on a
+        block errs in both alike, and only the rest counts.
+        """
+        old = self._ms_by_block(before)
+        total_ms = sum(old.values())
+        relative_var = (self.relative_std * total_ms) ** 2 / sum(ms**2 for ms in old.values())
+        mean, variance = np.empty(len(after)), np.empty(len(after))
+        for i, arch in enumerate(after):
+            new = self._ms_by_block(arch)
+            mean[i] = sum(new.values()) - total_ms
+            variance[i] = sum(
+                (relative_var + self._unmeasured_var(block)) * (new.get(block, 0.0) - old.get(block, 0.0)) ** 2
+                for block in old.keys() | new.keys()
+            )
+        return mean, np.sqrt(variance)
+
+    def _ms_by_block(self, arch: Arch) -> dict[Block, float]:
+        """What the repeats of every distinct block of `arch` take together."""
+        sums: dict[Block, float] = {}
+        for share in self.explain(arch):
+            sums[share.block] = sums.get(share.block, 0.0) + share.ms
+        return sums
+
     def latency(self, block: Block) -> BlockLatency:
         """What was measured of `block`, or what its kind's model predicts."""
         self._predict_missing([block])
@@ -205,7 +232,11 @@ class LatencyPredictor:
         return mean, np.sqrt((self.relative_std * mean) ** 2 + variance)
 
     def _block_variance(self, block: Block, mean_ms: float) -> float:
-        return 0.0 if block in self.table.entries else _REPEATS_VARIANCE * (self._predictions[block].relative_std * mean_ms) ** 2
+        return _REPEATS_VARIANCE * self._unmeasured_var(block) * mean_ms**2
+
+    def _unmeasured_var(self, block: Block) -> float:
+        """Relative variance of what a model says of a block; 0 for a measured one."""
+        return 0.0 if block in self.table.entries else self._predictions[block].relative_std ** 2
 
     def _fit(self, networks: Sequence[NetworkLatency]) -> tuple[Correction, float]:
         """The correction, and the spread that is left, from leaving out one network after the other."""

@@ -26,8 +26,9 @@ from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context, profile, staleness, usable_table
 from lowsearch.latency.table import LatencyTable, check_fits
-from lowsearch.latency.target import Target, resolve_device, resolve_target
+from lowsearch.latency.target import resolve_device
 from lowsearch.latency.timing import NetworkLatency
+from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, target_of
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings
 from lowsearch.space import SearchSpace
@@ -35,8 +36,6 @@ from lowsearch.train import Recipe, evaluate, recipe, train
 
 log = logging.getLogger(__name__)
 
-SPACE_FILE = "space.yaml"
-TABLE_FILE = "latency_table.jsonl"
 DEFAULT_RECIPE = "micro"
 LARGEST_EMBEDDED_PX = 96
 """The embedded images have 28 pixels: what they say about networks for more than this is not worth training for."""
@@ -68,7 +67,7 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
     space, data = _space(folder, settings), _data(settings)
     if data is not None:
         space = space.with_num_classes(len(data.classes))
-    target = _target(settings)
+    target = target_of(settings)
     stored = folder / TABLE_FILE
     if not stored.exists():
         if usable_table(space, target, allow_stale=settings.allow_stale) is None:
@@ -88,7 +87,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     space, data = _space(folder, settings), _data(settings)
     if data is not None:
         space = space.with_num_classes(len(data.classes))
-    target = _target(settings)
+    target = target_of(settings)
     attached = resolve_device(target.device).attached
     table = LatencyTable.load(folder / TABLE_FILE)
     predictor = LatencyPredictor(space, table)
@@ -133,12 +132,6 @@ def train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, pat
     return FinalScore(
         val_accuracy=result.val_accuracy, test_accuracy=test_accuracy, n_val=len(data.val), n_test=len(data.test),
         cpu_seconds=result.cpu_seconds, details={"recipe": schedule.name, "curve": curve, "diverged": result.diverged},
-    )  # fmt: skip
-
-
-def _target(settings: StudySettings) -> Target:
-    return resolve_target(
-        settings.device, settings.runtime, precision=settings.precision, batch=settings.batch, threads=settings.threads
     )  # fmt: skip
 
 

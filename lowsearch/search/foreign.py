@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from lowsearch.errors import StudyError
 from lowsearch.space import SearchSpace
 
-NSGA2_POPULATION = 16
-"""Optuna's default of 50 would leave a study of some dozen trials in the random first generation."""
 MAX_DRAWS = 1000
+N_STARTUP = 10
+"""So many networks are scored before a Gaussian process is asked; until then, random ones."""
+N_SAMPLED, N_PARENTS, N_CHILDREN, N_GENERATIONS = 2048, 32, 16, 8
+"""Of the evolution that finds the largest acquisition."""
+_PROPOSED = "gp:relative_params:0"  # Where Optuna's sampler keeps what it proposed.
 
-FOREIGN: dict[str, Callable[[int], BaseSampler]] = {
-    "nsga2": lambda seed: NSGAIISampler(population_size=NSGA2_POPULATION, seed=seed),
-    "tpe": lambda seed: TPESampler(seed=seed),
-    "random": lambda seed: RandomSampler(seed=seed),
-}
+
+def gene_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """Every gene as Optuna's parameter: the index of its choice."""
+    return {gene.name: IntDistribution(0, len(gene.choices) - 1) for gene in space.genes}
 
 
 class SeededSampler(BaseSampler):
-    """A fresh sampler from `make` for every trial; `accept`, where given, has it draw again until it accepts a genome (n_genes,)."""
+    """A fresh sampler from `make` for every trial; `accept`, where given, has it draw again until it accepts: (n, n_genes) -> (n,)."""
 
     def __init__(
         self,
@@ -38,12 +40,12 @@ class SeededSampler(BaseSampler):
         space: SearchSpace,
         *,
         seed: int,
-        accept: Callable[[np.ndarray], bool] | None = None,
+        accept: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._make = make
         self._seed = seed
         self._accept = accept
-        self._distributions: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.choices) - 1) for g in space.genes}
+        self._distributions = gene_distributions(space)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return dict(self._distributions)
@@ -61,13 +63,64 @@ class SeededSampler(BaseSampler):
             for name, distribution in search_space.items():
                 if name not in params:
                     params[name] = sampler.sample_independent(study, trial, name, distribution)
-            if self._accept is None or self._accept(np.array([params[name] for name in self._distributions], dtype=np.int8)):
+            if self._accept is None or self._accept(np.array([[params[name] for name in self._distributions]], dtype=np.int8))[0]:
                 return params
-        raise StudyError(
-            f"{MAX_DRAWS} random networks in a row break a limit or were tried before",
-            hint="loosen --max or --min, or use --sampler lowsearch, which searches for networks within limits",
-        )
+        raise _nothing_accepted(MAX_DRAWS)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         seed = int(np.random.default_rng([self._seed, trial.number, *param_name.encode()]).integers(2**31))
         return self._make(seed).sample_independent(study, trial, param_name, param_distribution)
+
+
+def _nothing_accepted(n: int) -> StudyError:
+    return StudyError(
+        f"{n} random networks in a row break a limit or were tried before",
+        hint="loosen --max or --min, or use --sampler lowsearch, which searches for networks within limits",
+    )
+
+
+class GaussianProcessSampler(GPSampler):
+    """Optuna's, with its acquisition maximised over networks that may be tried.
+
+    Optuna learns what is feasible from finished trials, but here a network over a limit never gets that far: limits are known before
+    training. And its optimiser would propose equal networks as different vectors.
+    """
+
+    def __init__(self, space: SearchSpace, acceptable: Callable[[np.ndarray], np.ndarray], *, seed: int) -> None:
+        super().__init__(seed=seed, n_startup_trials=N_STARTUP, warn_independent_sampling=False)
+        self._space = space
+        self._acceptable = acceptable
+        self._population_rng = np.random.default_rng(seed)
+        self._columns: list[int] = []
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        names = [gene.name for gene in self._space.genes]
+        self._columns = [names.index(name) for name in search_space]
+        if _PROPOSED in trial.system_attrs:  # It died in this trial: forget the proposal, or it would count as one in flight.
+            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSED, "")
+        return super().sample_relative(study, trial, search_space)
+
+    def _optimize_acqf(self, acqf: Any, best_params: np.ndarray | None) -> np.ndarray:
+        """The acceptable network, as Optuna normalises it, of the largest acquisition that an evolution finds."""
+        space, rng = self._space, self._population_rng
+        genomes = space.sample(N_SAMPLED, rng=rng)
+        if best_params is not None and len(best_params):
+            front = self._genomes(best_params)
+            genomes = np.vstack([genomes, space.mutate(front[rng.integers(len(front), size=N_SAMPLED)], rng=rng)])
+        best = np.empty((0, space.n_genes), dtype=np.int8)
+        for _ in range(N_GENERATIONS):
+            genomes = np.unique(np.vstack([best, genomes[self._acceptable(genomes)]]), axis=0)
+            if not len(genomes):
+                raise _nothing_accepted(2 * N_SAMPLED)
+            best = genomes[np.argsort(-acqf.eval_acqf_no_grad(self._normalised(genomes)), kind="stable")[:N_PARENTS]]
+            genomes = space.mutate(np.repeat(best, N_CHILDREN, axis=0), rng=rng)
+        return self._normalised(best)[0]
+
+    def _normalised(self, genomes: np.ndarray) -> np.ndarray:
+        """Choice i of n is at (i + 1/2) / n, (n, n_columns)."""
+        return ((genomes + 0.5) / self._space.cardinalities)[:, self._columns]
+
+    def _genomes(self, normalised: np.ndarray) -> np.ndarray:
+        genomes = np.zeros((len(normalised), self._space.n_genes), dtype=np.int8)
+        genomes[:, self._columns] = np.round(normalised * self._space.cardinalities[self._columns] - 0.5)
+        return self._space.canonical(genomes)

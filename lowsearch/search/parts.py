@@ -131,3 +131,6 @@ class ProxyAccuracy:
 
         score = np.log10(Estimator(self.space, None).estimate(genomes).mean[self.metric])
         return score, np.zeros(len(genomes))
+
+    def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.predict(after)[0] - self.predict(before[None])[0], np.zeros(len(after))

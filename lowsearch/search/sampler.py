@@ -62,6 +62,10 @@ class Evolution:
     """Probability that a proposal is chosen within a random slice of latency rather than over all of it."""
 
 
+class NothingLeftError(StudyError):
+    """No untried network that keeps the limits was found."""
+
+
 class LowSearchSampler(BaseSampler):
     """Proposes networks of `space` by the expected hypervolume gain under models of latency and accuracy."""
 
@@ -135,7 +139,7 @@ class LowSearchSampler(BaseSampler):
     def propose(self, trials: Sequence[FrozenTrial], *, number: int) -> np.ndarray:
         """The next genome (n_genes,) after `trials`. Deterministic in the seed, `number`, the trials and the models.
 
-        Raises StudyError where no network keeps the limits.
+        Raises NothingLeftError where no untried network keeps the limits.
         """
         rng = np.random.default_rng([self.seed, number])
         held = [t for t in trials if all(gene.name in t.params for gene in self.space.genes)]
@@ -227,7 +231,7 @@ class LowSearchSampler(BaseSampler):
             pool = _Pool.of(best.genomes, self, front, _Exact(exact))
         return pool.genomes[int(np.argmax(pool.gain))]
 
-    def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> StudyError:
+    def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> NothingLeftError:
         limits = ", ".join(map(str, self.limits)) or "none"
         probe = self._estimator.estimate(self.space.sample(20_000, rng=rng), accuracy).mean
         reach = ", ".join(
@@ -235,7 +239,7 @@ class LowSearchSampler(BaseSampler):
             for limit in self.limits
             if limit.metric in probe
         )
-        return StudyError(
+        return NothingLeftError(
             f"no untried network of space {self.space.name!r} keeps the limits ({limits}) with the margin of the predictions",
             hint=f"random networks reach {reach}" if reach else "choose a larger space",
         )

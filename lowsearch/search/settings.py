@@ -12,8 +12,8 @@ import yaml
 
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
+from lowsearch.search.samplers import SAMPLERS
 
-SamplerName = Literal["lowsearch", "nsga2", "tpe", "random"]
 AccuracyKind = Literal["trained", "params", "macs"]
 
 DEFAULT_BUDGET_S = 480.0
@@ -42,7 +42,8 @@ class StudySettings:
     """Seconds of search; 8 minutes where neither a budget nor a number of trials is given."""
     trials: int | None = None
     """Networks that the sampler proposes and that are scored; the hand-made family comes on top."""
-    sampler: SamplerName = "lowsearch"
+    sampler: str = "lowsearch"
+    """One of `samplers.SAMPLERS`."""
     seed: int = 0
     workers: int = 2
     """Processes that train side by side, one thread each."""
@@ -57,7 +58,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
-        for name, choices in (("sampler", get_args(SamplerName)), ("accuracy", (None, *get_args(AccuracyKind)))):
+        for name, choices in (("sampler", tuple(SAMPLERS)), ("accuracy", (None, *get_args(AccuracyKind)))):
             value = getattr(self, name)
             if value not in choices:
                 listed = ", ".join(c for c in choices if c)

@@ -37,6 +37,8 @@ _LOCK_TIMEOUT_S = 120
 _HEARTBEAT_S = 10
 _GRACE_S = 600  # Long: a stopped laptop's trials must not be given away by the first process that wakes up.
 
+_EXHAUSTED = "exhausted"
+
 Origin = Literal["family", "proposed", "random"]
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 _STATES: dict[TrialState, State] = {
@@ -176,6 +178,22 @@ def candidates(study: optuna.Study, space: SearchSpace) -> list[Candidate]:
             )  # fmt: skip
         )
     return found
+
+
+def set_exhausted(study: optuna.Study) -> None:
+    """Note that no network within the limits is left to try, and fail the trial that was asked for in vain.
+
+    Call it under the proposal lock: every other trial that runs has all its genes.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not trial.params:
+            study.tell(trial.number, state=TrialState.FAIL)
+    study.set_user_attr(_EXHAUSTED, True)
+
+
+def is_exhausted(study: optuna.Study) -> bool:
+    """Whether no network within the limits is left to try."""
+    return bool(study.user_attrs.get(_EXHAUSTED))
 
 
 def n_proposals(study: optuna.Study) -> int:

@@ -36,11 +36,12 @@ from lowsearch.files import write_atomically
 from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.estimates import Estimator, excess, reference_values
+from lowsearch.search.feasible import all_to_try, check_limits
 from lowsearch.search.outputs import StudyFiles, decode
 from lowsearch.search.parts import Parts, Progress
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.shortlist import Measurements, write_shortlist
-from lowsearch.search.storage import Candidate, candidates, enqueue, n_proposals, open_study, reclaim
+from lowsearch.search.storage import Candidate, candidates, enqueue, is_exhausted, n_proposals, open_study, reclaim
 from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan, proxy_of
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
     """
     backend = backend or Backend()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         clock = Clock(folder / CLOCK)
         settings = backend.resolve(settings)
         stored = stored_settings(folder)
@@ -104,7 +105,8 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from running the study in `folder`. Raises StudyError where one does."""
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
@@ -139,6 +141,9 @@ def _opened(folder: Path, settings: StudySettings, parts: Parts) -> Plan:
 
 def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str, Any]:
     estimator = Estimator(parts.space, parts.latency)
+    check_limits(estimator, settings.limits)
+    if settings.sampler == "exhaustive":
+        all_to_try(estimator, settings.limits)
     proxy = proxy_of(settings, parts)
     reference = reference_values(estimator, chance_accuracy=parts.chance_accuracy)
     if proxy is not None:  # The score is log10 of the proxy: counted from 0.9 times the family's smallest.
@@ -344,6 +349,8 @@ class _Run:
         states = optuna.trial.TrialState
         if self._study.get_trials(deepcopy=False, states=(states.WAITING,)):
             return False
+        if is_exhausted(self._study):
+            return True
         trials = self._plan.settings.trials
         return trials is not None and n_proposals(self._study) >= trials
 
@@ -481,6 +488,7 @@ class _Run:
             "hypervolume": self._hypervolume,
             "candidates": dict(Counter(c.state for c in found)),
             "scored": dict(Counter(scored)),
+            "exhausted": is_exhausted(self._study),
             "finalists": len(rows),
             "front": sum(row["on_front"] for row in rows),
             "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),

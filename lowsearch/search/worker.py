@@ -33,13 +33,14 @@ from lowsearch.arch import Arch
 from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.search.assembly import build_parts
 from lowsearch.search.estimates import AccuracyModel, Estimator, excess
-from lowsearch.search.foreign import FOREIGN, SeededSampler
+from lowsearch.search.feasible import networks_within
 from lowsearch.search.objectives import Metric
 from lowsearch.search.parts import Parts, ProxyAccuracy, Record, Scorer
 from lowsearch.search.promotion import may_go_on
-from lowsearch.search.sampler import LowSearchSampler, suggest_genome
+from lowsearch.search.sampler import NothingLeftError, suggest_genome
+from lowsearch.search.samplers import SAMPLERS, Task
 from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
-from lowsearch.search.storage import candidates, n_proposals, open_study
+from lowsearch.search.storage import Candidate, candidates, n_proposals, open_study, set_exhausted
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class SearchWorker:
         self._plan, self._parts, self._name, self._stopped, self._clock = plan, parts, name, stopped, clock
         self._lock = FileLock(folder / PROPOSAL_LOCK)
         self._estimator = Estimator(parts.space, parts.latency)
+        self._all = networks_within(self._estimator, plan.settings.limits)
         self._objectives = plan.settings.objectives
         self._reference = plan.reference_costs
         self._proxy = proxy_of(plan.settings, parts)
@@ -113,13 +115,21 @@ class SearchWorker:
                 if self._enough():
                     return
                 self._study.optimize(self._objective, n_trials=1, callbacks=[self._tidy, self._count_pruned])
+            except NothingLeftError:
+                if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+                    raise
+                set_exhausted(self._study)
+                return
             finally:
                 self._lock.release(force=True)
 
     def _enough(self) -> bool:
-        """Whether nothing is waiting and the sampler has proposed all it may."""
+        """Whether nothing is waiting and the sampler has proposed all it may, or all there is."""
         if self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return False
+        if self._all is not None and not self._acceptable(self._all).any():
+            set_exhausted(self._study)
+            return True
         trials = self._plan.settings.trials
         return trials is not None and n_proposals(self._study) >= trials
 
@@ -170,28 +180,25 @@ class SearchWorker:
             return f"breaks {', '.join(map(str, self._plan.settings.limits))} by {100 * broken:.1f} %"
         return "was tried before" if self._tried(genome, but=trial.number) else ""
 
-    def _tried(self, genome: np.ndarray, *, but: int | None = None) -> bool:
+    def _tried(self, genome: np.ndarray, *, but: int) -> bool:
         others = candidates(self._study, self._parts.space)
-        return any(
-            (other.genome == genome).all()
-            for other in others
-            if other.number != but and other.state != "pruned" and (other.state != "failed" or other.reason)  # Without: being retried.
-        )
+        return any((other.genome == genome).all() for other in others if other.number != but and _counts_as_tried(other))
 
-    def _is_new_and_allowed(self, genome: np.ndarray) -> bool:
-        genome = self._parts.space.canonical(genome[None])
-        broken = excess(self._estimator.estimate(genome), self._plan.settings.limits)[0]
-        return broken == 0 and not self._tried(genome[0])
+    def _acceptable(self, genomes: np.ndarray) -> np.ndarray:
+        """Whether each genome (n, n_genes) keeps the limits and was not tried, (n,)."""
+        genomes = self._parts.space.canonical(genomes)
+        tried = {other.genome.tobytes() for other in candidates(self._study, self._parts.space) if _counts_as_tried(other)}
+        allowed = excess(self._estimator.estimate(genomes), self._plan.settings.limits) == 0
+        return allowed & np.array([genome.tobytes() not in tried for genome in genomes], dtype=bool)
 
     def _sampler(self) -> BaseSampler:
         settings = self._plan.settings
-        if settings.sampler == "lowsearch":
-            return LowSearchSampler(
-                self._parts.space, latency=self._parts.latency, accuracy=self._newest_model, objectives=self._objectives,
-                limits=settings.limits, reference=self._plan.reference, seed=settings.seed,
-            )  # fmt: skip
-        accept = self._is_new_and_allowed if settings.sampler == "random" else None
-        return SeededSampler(FOREIGN[settings.sampler], self._parts.space, seed=settings.seed, accept=accept)
+        return SAMPLERS[settings.sampler](
+            Task(
+                space=self._parts.space, latency=self._parts.latency, accuracy=self._newest_model, objectives=self._objectives,
+                limits=settings.limits, reference=self._plan.reference, seed=settings.seed, acceptable=self._acceptable,
+            )
+        )  # fmt: skip
 
     def _newest_model(self) -> AccuracyModel | None:
         if self._proxy is not None:
@@ -250,6 +257,10 @@ class Score:
     """Fraction of the full schedule that was trained."""
     val_accuracy: float | None = None
     """As measured at that rung."""
+
+
+def _counts_as_tried(candidate: Candidate) -> bool:
+    return candidate.state != "pruned" and (candidate.state != "failed" or bool(candidate.reason))  # Without: being retried.
 
 
 def proxy_of(settings: StudySettings, parts: Parts) -> ProxyAccuracy | None:

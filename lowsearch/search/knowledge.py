@@ -1,0 +1,120 @@
+"""What is known of the networks of a space: their predicted latency, and in a study their estimated accuracy.
+
+Read from a latency table, or from a study's folder alone: no images, no device and no running search are needed. `explain` and `refine`
+work on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from lowsearch import locations
+from lowsearch.accuracy.predictor import AccuracyPredictor
+from lowsearch.accuracy.records import AccuracyRecords
+from lowsearch.arch import Arch
+from lowsearch.errors import NotInSpaceError, StudyError, TableError
+from lowsearch.latency.predictor import LatencyPredictor
+from lowsearch.latency.profile import usable_table
+from lowsearch.latency.table import LatencyTable
+from lowsearch.latency.target import Target, resolve_device, resolve_target
+from lowsearch.search.estimates import AccuracyModel
+from lowsearch.search.parts import ProxyAccuracy
+from lowsearch.search.settings import StudySettings, stored_settings
+from lowsearch.space import SearchSpace
+
+SPACE_FILE = "space.yaml"
+TABLE_FILE = "latency_table.jsonl"
+
+
+class ScoreModel(AccuracyModel, Protocol):
+    """Estimated accuracy, or the proxy that stands for it; `accuracy.AccuracyPredictor` is one."""
+
+    def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """By how much each genome of `after` (n, n_genes) is better than `before` (n_genes,): mean (n,), standard deviation (n,)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """The predictors of one space on one target."""
+
+    space: SearchSpace
+    latency: LatencyPredictor
+    latency_source: Literal["predicted", "table"]
+    """`table` where the device is not attached."""
+    score: ScoreModel | None = None
+    """None without a study, and in a study that has trained nothing."""
+    score_source: str = ""
+    """`estimated` for an accuracy, else `proxy:macs` or `proxy:params`; empty without a score."""
+
+
+def target_of(settings: StudySettings) -> Target:
+    """The target of a study's latencies."""
+    return resolve_target(
+        settings.device, settings.runtime, precision=settings.precision, batch=settings.batch, threads=settings.threads
+    )  # fmt: skip
+
+
+def on_target(space: SearchSpace, target: Target) -> Knowledge:
+    """What the latency table of `target` tells. Raises TableError where there is none of `space`, naming the command that measures it."""
+    table = usable_table(space, target)
+    if table is None:
+        raise TableError(f"no latency table of {target} for space {space.name!r}", hint=f"{target.profile_command} --space {space.name}")
+    return _known(space, table)
+
+
+def of_study(folder: Path, settings: StudySettings | None = None) -> Knowledge:
+    """What the study in `folder` knows, its own latency table before any other of its target.
+
+    Raises StudyError where it is no study, TableError where no latency table can be found.
+    """
+    settings = settings or settings_of(folder)
+    space = SearchSpace.load(folder / SPACE_FILE if (folder / SPACE_FILE).exists() else settings.space)
+    space = space.with_num_classes(_num_classes(folder, space))
+    stored = folder / TABLE_FILE
+    known = _known(space, LatencyTable.load(stored)) if stored.exists() else on_target(space, target_of(settings))
+    if settings.accuracy in ("params", "macs"):
+        return dataclasses.replace(known, score=ProxyAccuracy(space, settings.accuracy), score_source=f"proxy:{settings.accuracy}")
+    records = sorted(AccuracyRecords(folder / "records.jsonl"), key=lambda record: (record.arch_id, record.rung))
+    return dataclasses.replace(known, score=AccuracyPredictor(space).fit(records), score_source="estimated") if records else known
+
+
+def settings_of(folder: Path) -> StudySettings:
+    """The settings of the study in `folder`. Raises StudyError where it is none."""
+    settings = stored_settings(folder)
+    if settings is None:
+        raise StudyError(f"{folder} holds no study.yaml, so it is not a study", hint=f"lowsearch run --study {folder.name}")
+    return settings
+
+
+def space_of(arch: Arch) -> SearchSpace:
+    """The first of the spaces found here that contains `arch`. Raises NotInSpaceError where none does."""
+    names = sorted({path.stem for folder in locations.folders("search_spaces") for path in folder.glob("*.yaml")})
+    for name in names:
+        space = SearchSpace.load(name).with_num_classes(arch.num_classes)
+        if space.contains(arch):
+            return space
+    raise NotInSpaceError(f"network {arch.arch_id} is in none of the spaces {', '.join(names)}", hint="name its space: --space FILE.yaml")
+
+
+def _known(space: SearchSpace, table: LatencyTable) -> Knowledge:
+    attached = resolve_device(table.target.device).attached
+    return Knowledge(space=space, latency=LatencyPredictor(space, table), latency_source="predicted" if attached else "table")
+
+
+def _num_classes(folder: Path, space: SearchSpace) -> int:
+    """As in the networks that the study has described: its data set decided it."""
+    path = folder / "networks.json"
+    try:
+        networks = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        archs: Sequence[Arch] = [Arch.from_dict(values["arch"]) for values in list(networks.values())[:1]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(f"{path} is damaged: {error}", hint=f"lowsearch run --study {folder.name}") from error
+    return archs[0].num_classes if archs else space.num_classes

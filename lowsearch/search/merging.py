@@ -1,0 +1,119 @@
+"""Two studies of one question as one: the same space, data, recipe, target and limits, searched twice.
+
+What was trained is kept, so the accuracy model learns from both and the search goes on from both fronts. Everything else that could
+differ between them would mix numbers that do not compare, and is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from lowsearch.accuracy.records import AccuracyRecords
+from lowsearch.errors import StudyError
+from lowsearch.search.estimates import Estimator
+from lowsearch.search.foreign import gene_distributions
+from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, of_study, settings_of
+from lowsearch.search.sampler import gene_indices
+from lowsearch.search.settings import EXTENSIBLE, StudySettings, read_study_file
+from lowsearch.search.storage import DATABASE, candidates, open_study
+from lowsearch.search.study import CLOCK, Clock, locked, write_study_file
+
+MAY_DIFFER = (*EXTENSIBLE, "seed", "sampler", "space")
+"""`space` is compared by what it says, not by its name or path."""
+
+
+def merge(first: Path, second: Path, into: Path) -> dict[str, int]:
+    """Make the study `into` of the scored networks and the records of two others; returns how many came from each.
+
+    Settings, latency table and reference point are the first's, and latencies are predicted again by its table. A network that both
+    scored is kept as the first scored it; the trainings of both are on record. Raises StudyError where the two do not compare, where
+    one is being run, and where `into` exists.
+    """
+    if into.exists():
+        raise StudyError(f"study {into.name!r} exists already", hint="choose another --study NAME")
+    settings = _common_settings(first, second)
+    with locked(first), locked(second):
+        into.mkdir(parents=True)
+        try:
+            return _write(first, second, into, settings)
+        except BaseException:
+            shutil.rmtree(into)  # Half a merger is no study.
+            raise
+
+
+def _common_settings(first: Path, second: Path) -> StudySettings:
+    """The first's settings. Raises StudyError, with the reason, where what was searched or how it was scored differs."""
+
+    def refuse(what: str, one: object, other: object) -> StudyError:
+        return StudyError(
+            f"{first.name} and {second.name} do not merge: {what} is {one} in one and {other} in the other",
+            hint=f"compare them instead: lowsearch study diff {first.name} {second.name}",
+        )
+
+    if first.resolve() == second.resolve():
+        raise StudyError(f"study {first.name!r} cannot be merged with itself", hint="name two studies")
+    one, other = settings_of(first), settings_of(second)
+    for field in dataclasses.fields(StudySettings):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if mine != theirs and field.name not in MAY_DIFFER:
+            raise refuse(field.name, mine, theirs)
+    for name in (DATABASE, SPACE_FILE, TABLE_FILE):
+        for folder in (first, second):
+            if not (folder / name).exists():
+                raise StudyError(f"study {folder.name!r} holds no {name}, so it cannot be merged", hint="merge studies where they were run")
+    if (first / SPACE_FILE).read_text(encoding="utf-8") != (second / SPACE_FILE).read_text(encoding="utf-8"):
+        raise refuse("the search space", f"that of {first / SPACE_FILE}", f"that of {second / SPACE_FILE}")
+    hashes = [(read_study_file(folder) or {}).get("data_hash") for folder in (first, second)]
+    if hashes[0] != hashes[1]:
+        raise refuse("the hash of the data", *hashes)
+    recipes = [{record.recipe_hash for record in AccuracyRecords(folder / "records.jsonl")} for folder in (first, second)]
+    if len(recipes[0] | recipes[1]) > 1:
+        raise refuse("the hash of the recipe", *map(sorted, recipes))
+    return one
+
+
+def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> dict[str, int]:
+    for file in (SPACE_FILE, TABLE_FILE, "networks.json"):
+        if (first / file).exists():
+            shutil.copyfile(first / file, folder / file)
+    records = AccuracyRecords(folder / "records.jsonl")
+    for source in (first, second):
+        for record in AccuracyRecords(source / "records.jsonl"):
+            records.append(record)
+    clocks = [Clock(source / CLOCK).seconds("search") for source in (first, second)]
+    (folder / CLOCK).write_text(json.dumps({"search": sum(clocks)}) + "\n", encoding="utf-8")
+    known = of_study(first, settings)
+    merged = open_study(folder, settings.objectives)
+    estimator, seen, counts = Estimator(known.space, known.latency), set(), {}
+    for which, source, earlier_s in (("first", first, 0.0), ("second", second, clocks[0])):
+        study = open_study(source, settings.objectives)
+        trials = {trial.number: trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+        new = [c for c in candidates(study, known.space) if c.number in trials and c.genome.tobytes() not in seen]
+        for c in new:
+            seen.add(c.genome.tobytes())
+            trial = trials[c.number]
+            mean = {metric: float(value[0]) for metric, value in estimator.estimate(c.genome[None]).mean.items()} | {"accuracy": c.accuracy}
+            attrs = {k: v for k, v in trial.user_attrs.items() if k in ("origin", "name", "score")}
+            if not np.isnan(c.elapsed_s):
+                attrs["elapsed_s"] = round(c.elapsed_s + earlier_s, 2)
+            merged.add_trial(
+                optuna.trial.create_trial(
+                    params=gene_indices(c.genome, known.space), distributions=gene_distributions(known.space),
+                    values=[mean[metric] for metric in settings.objectives.metrics], user_attrs=attrs, constraints=trial.constraints,
+                )
+            )  # fmt: skip
+        counts[which] = len(new)
+    values: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace")}
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Last: without it the folder is no study.
+    write_study_file(folder, values | {"name": folder.name, "created": created, "merged_from": [first.name, second.name]})
+    return {**counts, "records": len(records)}

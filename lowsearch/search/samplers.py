@@ -1,0 +1,85 @@
+"""What may propose the networks of a study, by the name that `--sampler` takes: ours, Optuna's, and trying everything.
+
+Every one is made anew from the study's seed, and what it proposes depends on that, the trial's number and the stored trials alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from lowsearch.search.estimates import AccuracySource, Estimator, LatencyModel
+from lowsearch.search.feasible import all_to_try
+from lowsearch.search.foreign import GaussianProcessSampler, SeededSampler, gene_distributions
+from lowsearch.search.objectives import Limit, Metric, Objectives
+from lowsearch.search.sampler import LowSearchSampler, gene_indices
+from lowsearch.space import SearchSpace
+
+POPULATION = 16
+"""Optuna's default of 50 would leave a study of some dozen trials in the random first generation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a sampler may know of the study that it proposes for."""
+
+    space: SearchSpace
+    latency: LatencyModel
+    accuracy: AccuracySource
+    objectives: Objectives
+    limits: Sequence[Limit]
+    reference: Mapping[Metric, float]
+    seed: int
+    acceptable: Callable[[np.ndarray], np.ndarray]
+    """Genomes (n, n_genes) -> whether each keeps the limits and is new to the study, (n,)."""
+
+
+def _ours(task: Task) -> BaseSampler:
+    return LowSearchSampler(
+        task.space, latency=task.latency, accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
+        reference=task.reference, seed=task.seed,
+    )  # fmt: skip
+
+
+SAMPLERS: dict[str, Callable[[Task], BaseSampler]] = {
+    "lowsearch": _ours,
+    "nsga2": lambda task: SeededSampler(lambda seed: NSGAIISampler(population_size=POPULATION, seed=seed), task.space, seed=task.seed),
+    "nsga3": lambda task: SeededSampler(lambda seed: NSGAIIISampler(population_size=POPULATION, seed=seed), task.space, seed=task.seed),
+    "tpe": lambda task: SeededSampler(lambda seed: TPESampler(seed=seed), task.space, seed=task.seed),
+    "gp": lambda task: SeededSampler(
+        lambda seed: GaussianProcessSampler(task.space, task.acceptable, seed=seed), task.space, seed=task.seed, accept=task.acceptable
+    ),
+    "random": lambda task: SeededSampler(lambda seed: RandomSampler(seed=seed), task.space, seed=task.seed, accept=task.acceptable),
+    "exhaustive": lambda task: ExhaustiveSampler(
+        all_to_try(Estimator(task.space, task.latency), task.limits), task.space, task.acceptable, seed=task.seed
+    ),
+}
+
+
+class ExhaustiveSampler(BaseSampler):
+    """Proposes every one of `genomes` (n, n_genes) once, in an order drawn from the seed."""
+
+    def __init__(self, genomes: np.ndarray, space: SearchSpace, acceptable: Callable[[np.ndarray], np.ndarray], *, seed: int) -> None:
+        self._order = genomes[np.random.default_rng(seed).permutation(len(genomes))]
+        self._space = space
+        self._acceptable = acceptable
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return gene_distributions(self._space)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        if "fixed_params" in trial.system_attrs or len(trial.params) == self._space.n_genes:
+            return {}  # An enqueued network, or one taken up again that has all its genes.
+        left = np.flatnonzero(self._acceptable(self._order))
+        genome = self._order[left[0]]
+        return gene_indices(genome, self._space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        return 0

@@ -1,0 +1,203 @@
+"""Small spaces are searched whole and end by themselves; limits that nothing keeps are told before anything is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from lowsearch import cost
+from lowsearch.errors import StudyError
+from lowsearch.search import feasible
+from lowsearch.search import study as studies
+from lowsearch.search.estimates import Estimator, excess
+from lowsearch.search.objectives import parse_limits
+from lowsearch.search.settings import StudySettings
+from lowsearch.search.storage import candidates, enqueue, is_exhausted, open_study, reclaim
+from lowsearch.search.worker import SearchWorker
+from lowsearch.space import SearchSpace, _slots
+
+TESTS = Path(__file__).parent
+with mock.patch.dict(os.environ, {"FAKE_SPACE": str(TESTS / "tiny_space.yaml")}):
+    _spec = importlib.util.spec_from_file_location("tiny_study_fakes", TESTS / "study_fakes.py")
+    assert _spec and _spec.loader
+    fakes = importlib.util.module_from_spec(_spec)
+    sys.modules["tiny_study_fakes"] = fakes
+    _spec.loader.exec_module(fakes)
+
+TINY, MICRO = fakes.SPACE, SearchSpace.load("lowformer-micro")
+TINY_ESTIMATOR = Estimator(TINY, fakes.FakeLatency())
+LIMITS = parse_limits(maxima=["latency_ms=0.18"], minima=["params=120000"])
+
+
+class SlowMicro:
+    def predict(self, genomes):
+        mean_ms = Estimator(MICRO, None).estimate(genomes).mean["macs"] / 2e7
+        return mean_ms, 0.05 * mean_ms
+
+
+def search(folder, settings, *, stop_after=None):
+    """The search of one worker in this process; returns the study. `stop_after` trials the process dies, in the midst of one."""
+    folder.mkdir(exist_ok=True)
+    parts = fakes.make_parts(folder, settings)
+    plan = studies._opened(folder, settings, parts)
+    study = open_study(folder, settings.objectives)
+    reclaim(study)
+    enqueue(study, TINY, dict(TINY.family), origin="family")
+    calls = itertools.count()
+
+    def clock():
+        if next(calls) == stop_after:
+            raise KeyboardInterrupt
+        return 0.0
+
+    SearchWorker(folder, plan, parts, name="worker-0.test", stopped=threading.Event(), clock=clock).run()
+    return study
+
+
+def within_limits():
+    genomes = TINY.all_genomes()
+    return {genome.tobytes() for genome in genomes[excess(TINY_ESTIMATOR.estimate(genomes), LIMITS) == 0]}
+
+
+def genomes_of(study):
+    return [c.genome.tobytes() for c in candidates(study, TINY) if c.state == "complete"]
+
+
+# Trying everything
+
+
+def test_exhaustive_tries_every_network_within_the_limits_once_and_ends(tmp_path):
+    study = search(tmp_path / "study", StudySettings(sampler="exhaustive", trials=1000, workers=1, limits=LIMITS))
+    found = genomes_of(study)
+    assert set(found) == within_limits() and len(found) == len(set(found))
+    assert 10 < len(found) < 108
+    assert is_exhausted(study)
+
+
+def test_exhaustive_proposes_the_same_after_an_interruption_and_another_order_for_another_seed(tmp_path):
+    settings = StudySettings(sampler="exhaustive", trials=12, workers=1, limits=LIMITS)
+    whole = genomes_of(search(tmp_path / "whole", settings))
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "study", settings, stop_after=7)
+    assert genomes_of(search(tmp_path / "study", settings)) == whole
+    other = StudySettings(sampler="exhaustive", trials=12, workers=1, limits=LIMITS, seed=1)
+    assert genomes_of(search(tmp_path / "other", other)) != whole
+
+
+def test_a_space_too_large_to_try_whole_is_refused_with_its_size_and_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(StudyError, match=r"'lowformer-micro' has 4\.62e\+16 networks") as caught:
+        feasible.all_to_try(Estimator(MICRO, None), ())
+    assert "--sampler lowsearch" in (caught.value.hint or "")
+    monkeypatch.setattr(feasible, "MAX_EXHAUSTIVE", 107)
+    with pytest.raises(StudyError, match="108 networks of space 'tiny' keep the limits"):
+        studies.run(StudySettings(sampler="exhaustive", workers=1), tmp_path / "study", backend=fakes.backend())
+    assert not (tmp_path / "study" / "records.jsonl").exists()
+
+
+def test_our_sampler_ends_as_well_when_nothing_is_left(tmp_path):
+    study = search(tmp_path / "study", StudySettings(trials=1000, workers=1, limits=LIMITS))
+    assert set(genomes_of(study)) <= within_limits()
+    assert is_exhausted(study)
+    assert len(genomes_of(study)) > 0.8 * len(within_limits())
+
+
+def test_a_whole_run_that_exhausts_its_space_goes_on_to_its_finals(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_SPACE", str(TESTS / "tiny_space.yaml"))
+    limits = parse_limits(maxima=["latency_ms=0.15"], minima=["params=120000"])
+    settings = StudySettings(sampler="exhaustive", budget_s=500.0, workers=2, limits=limits)
+    result = studies.run(settings, tmp_path / "study", backend=fakes.backend())
+    assert result.summary["exhausted"]
+    assert result.front
+    assert studies.run(settings, tmp_path / "study", backend=fakes.backend()).front == result.front
+
+
+# Limits that nothing keeps
+
+
+def test_the_nearest_network_found_by_descent_is_the_nearest_of_all(monkeypatch):
+    for texts in (["latency_ms=0.001"], ["params=100", "latency_ms=0.02"], ["macs=1000"]):
+        limits = parse_limits(maxima=texts)
+        genome, least = feasible.nearest(TINY_ESTIMATOR, limits)
+        assert least == excess(TINY_ESTIMATOR.estimate(TINY.all_genomes()), limits).min()
+        with monkeypatch.context() as patched:
+            patched.setattr(feasible, "MAX_LISTED", 0)
+            by_descent, found = feasible.nearest(TINY_ESTIMATOR, limits)
+        assert found == least
+        assert excess(TINY_ESTIMATOR.estimate(np.stack([genome, by_descent])), limits).tolist() == [least, least]
+
+
+def least_macs() -> float:
+    """The smallest MACs of the micro space, exactly: a shortest path over the widths, for every input."""
+    slots = {slot.name: slot for slot in _slots(MICRO.num_classes)}
+
+    def least(name, **fixed):
+        """Of what may stand in a place, the fewest MACs, given some settings."""
+        settings = slots[name].settings
+        combinations = itertools.product(*([fixed[s]] if s in fixed else MICRO._choices(s) for s in settings))
+        blocks = (slots[name].block(dict(zip(settings, values, strict=True))) for values in combinations)
+        return min(cost.of_block(block).macs if block is not None else 0 for block in blocks)
+
+    totals = []
+    for entry in MICRO._choices("input"):
+        reach = {w: least("stem.conv", **{"input": entry, "stem.width": w}) for w in MICRO._choices("stem.width")}
+        for number in range(1, 5):
+            stage, before = f"stage{number}.", "stem.width" if number == 1 else f"stage{number - 1}.width"
+            repeats = min(MICRO._choices(stage + "depth")) - 1  # More blocks are never fewer MACs.
+            reach = {
+                w: min(total + least(stage + "down", **{"input": entry, before: b, stage + "width": w}) for b, total in reach.items())
+                + repeats * sum(least(stage + kind, **{"input": entry, stage + "width": w}) for kind in ("attention", "mlp", "conv"))
+                for w in MICRO._choices(stage + "width")
+            }
+        totals += [total + least("head", **{"input": entry, "stage4.width": w}) for w, total in reach.items()]
+    return min(totals)
+
+
+def test_descent_finds_the_exact_least_macs_of_a_space_too_large_to_list():
+    genome, _ = feasible.nearest(Estimator(MICRO, None), parse_limits(maxima=["macs=1"]))
+    assert cost.count(MICRO.decode(genome)).macs == least_macs()
+
+
+@pytest.mark.parametrize("texts", [["latency_ms=0.001"], ["macs=1e4"], ["params=1000", "latency_ms=0.5"]])
+@pytest.mark.parametrize("space", ["tiny", "micro"])
+def test_the_bound_that_the_error_offers_is_kept_and_no_tighter_one(texts, space):
+    estimator = TINY_ESTIMATOR if space == "tiny" else Estimator(MICRO, SlowMicro())
+    with pytest.raises(StudyError) as caught:
+        feasible.check_limits(estimator, parse_limits(maxima=texts))
+    assert ("all 108 were looked at" if space == "tiny" else "none was found") in caught.value.message
+    offered = dict(re.findall(r"--max (\w+)=(\S+)", caught.value.hint or ""))
+    assert offered
+    given = dict(text.split("=") for text in texts)
+    feasible.check_limits(estimator, parse_limits(maxima=[f"{name}={value}" for name, value in {**given, **offered}.items()]))
+    tighter = [f"{name}={0.98 * float(value)}" for name, value in offered.items()]
+    with pytest.raises(StudyError):
+        feasible.check_limits(estimator, parse_limits(maxima=tighter))
+
+
+def test_limits_that_contradict_each_other_name_the_network_that_comes_nearest():
+    limits = parse_limits(maxima=["macs=2e6"], minima=["params=1.7e5"])
+    with pytest.raises(StudyError, match=r"keeps macs <= 2e\+06, params >= 170000 \(all 108 were looked at\)"):
+        feasible.check_limits(TINY_ESTIMATOR, limits)
+
+
+def test_limits_that_some_network_keeps_pass():
+    feasible.check_limits(TINY_ESTIMATOR, LIMITS)
+    feasible.check_limits(Estimator(MICRO, SlowMicro()), parse_limits(maxima=["macs=6.5e5"]))  # Random sampling finds none.
+    feasible.check_limits(TINY_ESTIMATOR, parse_limits(minima=["accuracy=0.99"]))  # Nothing is known of it yet.
+
+
+@pytest.mark.parametrize("sampler", ["lowsearch", "random", "tpe"])
+def test_a_study_with_limits_that_nothing_keeps_ends_before_anything_is_trained(tmp_path, sampler):
+    settings = StudySettings(sampler=sampler, workers=1, limits=parse_limits(maxima=["latency_ms=0.001"]))
+    with pytest.raises(StudyError, match="no network of space 'tiny' keeps latency_ms <= 0.001"):
+        studies.run(settings, tmp_path / "study", backend=fakes.backend())
+    assert not (tmp_path / "study" / "records.jsonl").exists()
+    assert not (tmp_path / "study" / "study.yaml").exists()  # Another limit may be asked of the same name.
