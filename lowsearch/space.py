@@ -216,7 +216,7 @@ class SearchSpace:
         n_conditions = np.bincount([gene for gene, _, _ in self._conditions], minlength=self.n_genes)
         for gene in np.argsort(n_conditions, kind="stable"):  # What a gene depends on has fewer conditions than the gene itself.
             free = self.active(genomes)[:, gene]
-            choices = np.tile(np.arange(self.cardinalities[gene], dtype=np.int8), int(free.sum()))
+            choices = np.tile(np.arange(int(self.cardinalities[gene]), dtype=np.int8), int(free.sum()))
             opened = np.repeat(genomes[free], self.cardinalities[gene], axis=0)
             opened[:, gene] = choices
             genomes = np.vstack([genomes[~free], opened])

@@ -118,7 +118,7 @@ def _surprises(names: Sequence[str], macs: Sequence[int], ms: Sequence[float]) -
     x, y = np.log(np.array(macs, dtype=float)), np.log(np.array(ms))
     slope, level = np.polyfit(x, y, 1)
     off = y - (slope * x + level)
-    worst = np.argsort(-np.abs(off))[:N_SURPRISES]
+    worst = [int(i) for i in np.argsort(-np.abs(off))[:N_SURPRISES]]
     return {names[i]: f"{names[i]} {np.exp(abs(off[i])):.1f} times {'slower' if off[i] > 0 else 'faster'}" for i in worst}
 
 

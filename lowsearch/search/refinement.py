@@ -80,7 +80,7 @@ def refine(
     # Judged cheaply first: deviations of latency are worked out network by network.
     hopeful = (gain >= 0) & (saved_ms >= 0) & ((gain > CLEAR_STD * score_std) | (saved_ms > 0))
     found = changes(known, genome, genomes[hopeful], [s for s, kept in zip(steps, hopeful, strict=True) if kept])
-    leads = [(change, kind) for change in found if (kind := _gain(change))]
+    leads: list[tuple[Change, Gain]] = [(change, kind) for change in found if (kind := _gain(change))]
     volumes = _hypervolumes(known, genome, [change for change, _ in leads], reference)
     ordered = sorted(zip(leads, volumes, strict=True), key=lambda pair: -pair[1])
     return Refinement(
