@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from lowsearch.errors import DeviceError, ParityError
+from lowsearch.latency.onnx_program import OnnxProgram
 from lowsearch.latency.target import DeviceKind, Target
 
 OPSET = 17  # The last one that torch's TorchScript exporter and every ONNX Runtime since 1.13 agree on; 18 and 20 gave the same graph.
@@ -144,34 +145,7 @@ class OnnxRuntime:
         }  # fmt: skip
 
     def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device) -> Program:
-        return _OnnxProgram(export_onnx(module, x), x.numpy())
-
-
-class _OnnxProgram:
-    """Input and output are bound once: a call moves no data through Python."""
-
-    def __init__(self, model: bytes, x: np.ndarray) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        (given,), (wanted,) = self._session.get_inputs(), self._session.get_outputs()
-        self._output = ort.OrtValue.ortvalue_from_numpy(np.zeros(wanted.shape, np.float32))
-        self._binding = self._session.io_binding()
-        self._binding.bind_ortvalue_input(given.name, ort.OrtValue.ortvalue_from_numpy(x))
-        self._binding.bind_ortvalue_output(wanted.name, self._output)
-
-    def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
-
-    def output(self) -> np.ndarray:
-        self.run()
-        return self._output.numpy().copy()
+        return OnnxProgram(export_onnx(module, x), x.numpy())
 
 
 class OpenVinoRuntime:
