@@ -69,7 +69,7 @@ def profile(
     path = folder / target.table_path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        table = _empty(target, here) if fresh else _table_to_extend(target, here, folder)
+        table = _empty(target, here) if fresh else table_to_extend(target, here, folder)
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = table.calibration.get(space.name, ())
         n_networks = max(0, n_calibration - len(known))
@@ -112,6 +112,29 @@ def usable_table(space: SearchSpace, target: Target, *, devices: Sequence[Device
     table = find_table(target)
     check_fits(table, target, current_context(target, device))
     return table if table.calibration.get(space.name) else None
+
+
+Found = Mapping[Item, Mapping[int, Timing]]
+"""Timings of every item, by process."""
+
+
+def table_of(target: Target, measured_on: Context, space: SearchSpace, found: Found) -> LatencyTable:
+    """The table that the timings of one whole profile of `space` give."""
+    table = _with_blocks(_with_reads(_empty(target, measured_on), found), found)
+    return _with_networks(table, space, found)
+
+
+def table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
+    """The existing table of this machine and these versions, or an empty one."""
+    folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
+    if any((candidate / target.table_path).is_file() for candidate in folders):
+        try:
+            table = find_table(target, folders=folders)
+            check_fits(table, target, here)
+            return table
+        except TableError as error:
+            log.warning("starting a new table: %s", error.message)
+    return _empty(target, here)
 
 
 def current_context(target: Target, device: Device) -> Context:
@@ -213,25 +236,8 @@ def _spread(features: np.ndarray, rng: np.random.Generator) -> list[int]:
     return chosen
 
 
-def _table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
-    """The existing table of this machine and these versions, or an empty one."""
-    folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
-    if any((candidate / target.table_path).is_file() for candidate in folders):
-        try:
-            table = find_table(target, folders=folders)
-            check_fits(table, target, here)
-            return table
-        except TableError as error:
-            log.warning("starting a new table: %s", error.message)
-    return _empty(target, here)
-
-
 def _empty(target: Target, here: Context) -> LatencyTable:
     return LatencyTable(target=target, context=here, entries={}, calibration={})
-
-
-Found = Mapping[Item, Mapping[int, Timing]]
-"""Timings of every item, by process."""
 
 
 def _with_reads(table: LatencyTable, found: Found) -> LatencyTable:
