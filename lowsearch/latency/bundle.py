@@ -7,6 +7,7 @@ what torch computes of them, and a runner that needs Python, numpy and onnxrunti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -14,7 +15,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ N_NETWORKS = 30
 CARRIED = ("errors.py", *(f"latency/{name}.py" for name in ("bundle_worker", "machine", "onnx_program", "rounds", "timers")))
 """Modules of lowsearch that the runner imports; run.py is bundle_runner.py."""
 
+_MAKE = "lowsearch profile --device NAME --bundle"
+_PACKING = 5  # Of gzip's levels. 9 packs such weights little better, and takes 30 times as long.
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -92,9 +95,6 @@ class Bundle:
         return Effort(**self.manifest["phases"][_phase(self.items[index])]["effort"])
 
 
-_MAKE = "lowsearch profile --device NAME --bundle"
-
-
 def make_bundle(
     space: SearchSpace,
     target: Target,
@@ -112,23 +112,29 @@ def make_bundle(
     `target` names the machine that it goes to. Networks are chosen by their MACs, as no block has a time yet. Raises BundleError where
     `folder` holds anything else, DeviceError for what a bundle cannot measure.
     """
-    _check_target(target)
+    from lowsearch.latency.runtimes import TOLERANCE, check_supported, runtime  # imports torch
+
+    if target.runtime != RUNTIME:
+        raise DeviceError(f"a bundle measures with {RUNTIME}, not with {target.runtime}", hint=f"--runtime {RUNTIME}")
+    check_supported(target, "cpu")
     efforts = effort or Effort(), effort or Effort(), network_effort or NETWORK_EFFORT
     asked = {
-        "schema": SCHEMA, "version": VERSION, "made_with": _versions(), "target": dataclasses.asdict(target), "space": space.text,
+        "schema": SCHEMA, "version": VERSION, "lowsearch": __version__, "runtime_options": runtime(RUNTIME).options(),
+        "target": dataclasses.asdict(target), "space": space.text,
         "seed": seed, "max_blocks": max_blocks, "n_networks": n_networks, "efforts": [dataclasses.asdict(one) for one in efforts],
     }  # fmt: skip
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         return _made_before(folder, asked)
     reads = [MemoryRead(n_bytes) for n_bytes in READ_BYTES]
     phases = reads, choose_blocks(space, max_blocks, seed=seed), choose_networks(space, n_networks, seed=seed)
     draft = folder.resolve().with_name(f".{folder.resolve().name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    rows = _write_models([item for phase in phases for item in phase], target, draft, seed=seed, progress=progress)
+    with _one_thread():
+        rows = _write_models([item for phase in phases for item in phase], target, draft, seed=seed, progress=progress)
     _write_runner(draft)
     names = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
     manifest = {
-        **asked, "runtime_options": _runtime_options(), "tolerance": _tolerance(target), "dispute": DISPUTE,
+        **asked, "tolerance": TOLERANCE[target.precision], "dispute": DISPUTE,
         "items_per_step": BLOCKS_PER_STEP, "bytes_per_step": BYTES_PER_STEP,
         "phases": _plan(phases, efforts, seed), "items": rows,
         "files": {name: hashlib.sha256((draft / name).read_bytes()).hexdigest() for name in names},
@@ -158,14 +164,6 @@ def import_results(bundle: Bundle, *, tables: Path | None = None) -> LatencyTabl
 # Making one --------------------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Target) -> None:
-    from lowsearch.latency.runtimes import check_supported
-
-    if target.runtime != RUNTIME:
-        raise DeviceError(f"a bundle measures with {RUNTIME}, not with {target.runtime}", hint=f"--runtime {RUNTIME}")
-    check_supported(target, "cpu")
-
-
 def _made_before(folder: Path, asked: Mapping[str, Any]) -> Bundle:
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} exists already, and is no bundle", hint="name another folder")
@@ -174,24 +172,6 @@ def _made_before(folder: Path, asked: Mapping[str, Any]) -> Bundle:
     if changed:
         raise BundleError(f"{folder} holds a bundle of another {changed[0]}", hint="name another folder, or remove this one")
     return bundle
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    return {"lowsearch": __version__, "torch": torch.__version__}
-
-
-def _runtime_options() -> dict[str, str | int]:
-    from lowsearch.latency.runtimes import runtime
-
-    return runtime(RUNTIME).options()
-
-
-def _tolerance(target: Target) -> float:
-    from lowsearch.latency.runtimes import TOLERANCE
-
-    return TOLERANCE[target.precision]
 
 
 def _plan(phases: Sequence[Sequence[Item]], efforts: Sequence[Effort], seed: int) -> list[dict[str, Any]]:
@@ -217,7 +197,8 @@ def _write_models(
     from lowsearch.latency.bundle_worker import EXPECTED, compared
 
     (draft / "models").mkdir(parents=True)
-    rows, expected = [], {}
+    rows: list[dict[str, Any]] = []
+    expected: dict[str, np.ndarray] = {}
     for index, item in enumerate(items):
         if progress is not None:
             progress(index, len(items), "models")
@@ -226,7 +207,7 @@ def _write_models(
             continue
         model, shape, output = _model(item, target, index, seed=seed)
         name = f"models/{index:04d}.onnx.gz"
-        (draft / name).write_bytes(gzip.compress(model, mtime=0))
+        (draft / name).write_bytes(gzip.compress(model, _PACKING, mtime=0))
         expected[str(index)] = compared(output, index)
         rows.append({
             **item_to_dict(item), "model": name, "bytes": size_bytes(item), "input_shape": shape,
@@ -236,6 +217,19 @@ def _write_models(
     if progress is not None:
         progress(len(items), len(items), "models")
     return rows
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: several wait for each other at layers this small, the more so on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _model(item: Block | Arch, target: Target, index: int, *, seed: int) -> tuple[bytes, list[int], np.ndarray]:
@@ -253,7 +247,7 @@ def _model(item: Block | Arch, target: Target, index: int, *, seed: int) -> tupl
     x = torch.from_numpy(values)
     fill_at_random(module, x, seed=seed + index)
     for weight in module.state_dict().values():
-        if weight.ndim > 1:  # Signs of one size take the same time and pack to a tenth: the bundle of a large space has 5 GB of weights.
+        if weight.ndim > 1:  # Signs of one size take the same time, and pack to a tenth.
             weight.copy_(weight.sign() * weight.square().mean().sqrt())
     expected = reference(module, x)
     model = export_onnx(module, x)
@@ -351,7 +345,7 @@ def _context(bundle: Bundle, machine: Any) -> Context:
     try:
         return Context(
             device_name=machine["device_name"], device_detail=machine["device_detail"], driver="", os=machine["os"],
-            python=machine["python"], versions={"lowsearch": manifest["made_with"]["lowsearch"], **machine["versions"]},
+            python=machine["python"], versions={"lowsearch": manifest["lowsearch"], **machine["versions"]},
             runtime_options={**manifest["runtime_options"], **machine["runtime_options"]},
             statistic=f"25th percentile of {CpuTimer.statistic}", threads=target.threads, precision=target.precision, batch=target.batch,
             date_utc=machine["date_utc"], load_average=machine["load_average"], governor=machine["governor"],

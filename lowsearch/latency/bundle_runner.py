@@ -193,7 +193,7 @@ class _Session:
         self._told, self._told_s = self.done, now
         fresh = self.done - self._done_before
         left_min = (now - self._began_s) / fresh * (self.total - self.done) / 60 if fresh else None
-        print(f"{self.done}/{self.total} timings" + (f", about {left_min:.0f} min left" if left_min else ""), flush=True)
+        print(f"{self.done}/{self.total} timings" + (f", about {max(1, left_min):.0f} min left" if left_min else ""), flush=True)
 
 
 def read_lines(path: Path, *, cut: bool = False) -> list[Line]:
@@ -209,7 +209,8 @@ def read_lines(path: Path, *, cut: bool = False) -> list[Line]:
     for number, text in enumerate(whole.decode("utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
-            if number > 1 and not (isinstance(line["item"], int) and isinstance(line["process"], int)):
+            named = number == 1 or (isinstance(line["item"], int) and isinstance(line["process"], int))
+            if not isinstance(line, dict) or not named:
                 raise ValueError("no timing")
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(
@@ -267,8 +268,8 @@ def _launch(folder: Path, request: Mapping[str, Any]) -> Generator[Line, None, N
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=str(folder), encoding="utf-8")
     assert worker.stdin and worker.stdout
     try:
-        worker.stdin.write(json.dumps(request))
-        worker.stdin.close()
+        with contextlib.suppress(BrokenPipeError), worker.stdin as pipe:  # Of one that died at once, the code below tells.
+            pipe.write(json.dumps(request))
         for text in worker.stdout:
             line = json.loads(text)
             if "error" in line:
