@@ -159,30 +159,86 @@ def profile(
         int | None, typer.Option("--max-blocks", min=1, help="Blocks to measure at most; the others are predicted. Default: the runtime's.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Measure nothing here: write this folder, to be run on a machine called --device.")
+    ] = None,
+    imported: Annotated[Path | None, typer.Option("--import", help="Make the table of a bundle that was measured.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="USER@MACHINE", help="Do it all over ssh: bundle, copy, measure, import.")
+    ] = None,
+    remote_python: Annotated[str, typer.Option("--remote-python", help="Python of --host; it needs numpy and onnxruntime.")] = "python3",
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a device: the latency table of a space's blocks and its calibration networks. Resumes where it stopped."""
-    from lowsearch import locations
     from lowsearch.latency.profile import profile as measure
     from lowsearch.latency.target import resolve_target
     from lowsearch.space import SearchSpace
 
+    if imported is not None:
+        if bundle is not None or host is not None:
+            raise UsageError("--import stands alone: the folder says what it is of", hint=f"lowsearch profile --import {imported}")
+        _import_bundle(imported, as_json)
+        return
     loaded = SearchSpace.load(space)
+    elsewhere = bundle is not None or host is not None
+    if elsewhere and device in ("cpu", "cuda", "gpu"):
+        raise UsageError("name the machine that is measured: its table goes by that name", hint="--device raspberry-pi-5")
     target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
+    if elsewhere:
+        folder = bundle or Path("bundles") / f"{target.device}-{loaded.name}"
+        _profile_elsewhere(loaded, target, folder, host, remote_python, max_blocks, seed, as_json)
+        return
     with _progress() as progress:
         result = measure(loaded, target, max_blocks=max_blocks, seed=seed, progress=progress)
+    _print_profile(loaded, result, as_json)
+
+
+def _profile_elsewhere(
+    space: Any, target: Any, folder: Path, host: str | None, python: str, max_blocks: int | None, seed: int, as_json: bool
+) -> None:
+    """Write the bundle of `space`, and with a `host` measure it there and make the table."""
+    from lowsearch.latency.bundle import RESULTS, make_bundle
+    from lowsearch.latency.remote import measure_on_host
+
+    with _progress() as progress:
+        made = make_bundle(space, target, folder, max_blocks=max_blocks, seed=seed, progress=progress)
+    if host is not None:
+        with _progress() as progress:
+            place = measure_on_host(made, host, python=python, progress=progress)
+        _tell(f"measured in {place}, which may be removed")
+        _import_bundle(folder, as_json)
+        return
+    facts = {"bundle": str(folder), "target": str(target), "space": space.name, "items": len(made.items), "megabytes": made.n_bytes / 1e6}
+    if as_json:
+        _print_json(facts)
+        return
+    _print_table("Bundle", ["what", "value"], [[k, _plain(v)] for k, v in facts.items()])
+    _tell(
+        f"copy it to the machine, run `python3 run.py` in it (needs numpy and onnxruntime), bring {RESULTS} back into {folder}, "
+        f"and run: lowsearch profile --import {folder}"
+    )
+
+
+def _import_bundle(folder: Path, as_json: bool) -> None:
+    from lowsearch.latency.bundle import Bundle, import_results
+
+    loaded = Bundle.load(folder)
+    _print_profile(loaded.space, import_results(loaded), as_json)
+
+
+def _print_profile(space: Any, table: Any, as_json: bool) -> None:
+    """What was measured of `space`, and how well it predicts whole networks."""
+    from lowsearch import locations
     from lowsearch.latency.predictor import LatencyPredictor
 
-    predictor = LatencyPredictor(loaded, result)
-    spread = predictor.relative_std
     summary = {
-        **result.summary(), "blocks_of_space": len(loaded.blocks), "network_error_percent": 100 * spread,
-        "file": str(locations.new("latency_tables") / target.table_path),
+        **table.summary(), "blocks_of_space": len(space.blocks), "network_error_percent": 100 * LatencyPredictor(space, table).relative_std,
+        "file": str(locations.new("latency_tables") / table.target.table_path),
     }  # fmt: skip
     if as_json:
         _print_json(summary)
     else:
-        _print_table(f"Latency table of {target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
+        _print_table(f"Latency table of {table.target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
 
 
 tables = typer.Typer(help="Latency tables as files: show, check, merge, diff.", rich_markup_mode=None)

@@ -1,6 +1,7 @@
 """What a user can get wrong, each with the command that mends it.
 
 The command line turns a LowsearchError into one line on stderr and exit code 2; everything else is a bug and shows its traceback.
+Also carried to machines that lowsearch is not installed on (latency/bundle.py): standard library only, and Python 3.8.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class TableError(LowsearchError):
 
 class MissingBlockError(TableError):
     """A block that a latency table holds no measurement of."""
+
+
+class BundleError(LowsearchError):
+    """A folder that is no bundle, is damaged, or does not hold all measurements; or a machine that could not be given one."""
 
 
 class DeviceError(LowsearchError):

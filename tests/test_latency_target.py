@@ -80,7 +80,7 @@ def test_finding_devices_imports_no_torch() -> None:
 
 
 def test_gpus_are_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "_query", lambda *_: "NVIDIA GeForce RTX 3090, 550.54, 24576 MiB\nTesla T4, 550.54, 15360 MiB")
+    monkeypatch.setattr(targets, "query", lambda *_: "NVIDIA GeForce RTX 3090, 550.54, 24576 MiB\nTesla T4, 550.54, 15360 MiB")
     assert targets._cuda_devices.__wrapped__() == (
         GPU,
         Device(slug="t4", kind="cuda", name="Tesla T4", detail="15360 MiB", driver="550.54"),

@@ -105,7 +105,7 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
     """
     blocks = [item for item in items if not isinstance(item, Network | MemoryRead)]
     reads = [item for item in items if isinstance(item, MemoryRead)]
-    sizes = np.array([_size_bytes(block) for block in blocks])
+    sizes = np.array([size_bytes(block) for block in blocks])
     n_groups = max(-(-len(blocks) // BLOCKS_PER_STEP), int(sizes.sum() // BYTES_PER_STEP) + 1) if blocks else 0
     groups: list[list[Item]] = [[] for _ in range(n_groups)]
     by_size = np.lexsort((rng.random(len(blocks)), sizes))
@@ -116,7 +116,7 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
     networks = [item for item in items if isinstance(item, Network)]
     held = 0
     for network in (networks[i] for i in rng.permutation(len(networks))):
-        size = _size_bytes(network)
+        size = size_bytes(network)
         if not held or held + size > BYTES_PER_STEP:
             groups.append([])
             held = 0
@@ -125,7 +125,7 @@ def steps(items: Sequence[Item], *, rng: np.random.Generator) -> tuple[tuple[Ite
     return tuple(tuple(group) for group in [*([reads] if reads else []), *groups])
 
 
-def _size_bytes(item: Block | Layer | Network) -> int:
+def size_bytes(item: Block | Layer | Network) -> int:
     """Weights and activations in fp32; a guess for a network that only torch could count."""
     if isinstance(item, TimmNetwork):
         return TIMM_BYTES

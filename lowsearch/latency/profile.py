@@ -71,8 +71,8 @@ def profile(
     path = folder / target.table_path
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        table = _empty(target, here) if fresh else _table_to_extend(target, here, folder)
-        max_blocks = _max_blocks(target) if max_blocks is None else max_blocks
+        table = _empty(target, here) if fresh else table_to_extend(target, here, folder)
+        max_blocks = runtime_max_blocks(target) if max_blocks is None else max_blocks
         blocks = [block for block in choose_blocks(space, max_blocks, seed=seed) if block not in table.entries]
         known = table.calibration.get(space.name, ())
         n_networks = max(0, n_calibration - len(known))
@@ -127,6 +127,25 @@ def staleness(table: LatencyTable, *, devices: Sequence[Device] | None = None) -
     return changes(table.context, current_context(table.target, device)) if device.attached else []
 
 
+def table_of(target: Target, measured_on: Context, space: SearchSpace, found: Found) -> LatencyTable:
+    """The table that the timings of one whole profile of `space` give."""
+    table = _with_blocks(_with_reads(_empty(target, measured_on), found), found)
+    return _with_networks(table, space, found)
+
+
+def table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
+    """The existing table of this machine and these versions, or an empty one."""
+    folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
+    if any((candidate / target.table_path).is_file() for candidate in folders):
+        try:
+            table = find_table(target, folders=folders)
+            check_fits(table, target, here)
+            return table
+        except TableError as error:
+            log.warning("starting a new table: %s", error.message)
+    return _empty(target, here)
+
+
 def current_context(target: Target, device: Device) -> Context:
     """What a measurement of `target` that starts now would state about itself. Raises DeviceError for what the runtime cannot do."""
     from lowsearch.latency.runtimes import check_supported, runtime  # imports torch
@@ -179,7 +198,7 @@ def choose_networks(space: SearchSpace, n: int, *, seed: int, table: LatencyTabl
     return list(dict.fromkeys(space.decode(genome) for genome in chosen))
 
 
-def _max_blocks(target: Target) -> int:
+def runtime_max_blocks(target: Target) -> int:
     from lowsearch.latency.runtimes import runtime  # imports torch
 
     return runtime(target.runtime).max_blocks
@@ -231,19 +250,6 @@ def _spread(features: np.ndarray, rng: np.random.Generator) -> list[int]:
         chosen.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, ((scaled - scaled[chosen[-1]]) ** 2).sum(axis=1))
     return chosen
-
-
-def _table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
-    """The existing table of this machine and these versions, or an empty one."""
-    folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
-    if any((candidate / target.table_path).is_file() for candidate in folders):
-        try:
-            table = find_table(target, folders=folders)
-            check_fits(table, target, here)
-            return table
-        except TableError as error:
-            log.warning("starting a new table: %s", error.message)
-    return _empty(target, here)
 
 
 def _empty(target: Target, here: Context) -> LatencyTable:

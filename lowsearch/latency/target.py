@@ -12,7 +12,6 @@ import dataclasses
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lowsearch.errors import DeviceError
+from lowsearch.latency.machine import cpu_detail, cpu_facts, cpu_name, governor, load_average, query, system_name
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 DeviceKind = Literal["cpu", "cuda", "absent"]
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_QUERY_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -186,10 +185,10 @@ def context(
     """The Context of a measurement that starts now on this machine."""
     return Context(
         device_name=device.name, device_detail=device.detail, driver=device.driver,
-        os=f"{platform.system()} {platform.release()} {platform.machine()}", python=platform.python_version(),
+        os=system_name(), python=platform.python_version(),
         versions={"lowsearch": metadata.version("lowsearch"), **versions}, runtime_options=dict(runtime_options), statistic=statistic,
         threads=target.threads, precision=target.precision, batch=target.batch,
-        date_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), load_average=load_average(), governor=_governor(), git_sha=_git_sha(),
+        date_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), load_average=load_average(), governor=governor(), git_sha=_git_sha(),
         **gpu_state(device),
     )  # fmt: skip
 
@@ -199,20 +198,12 @@ def gpu_state(device: Device) -> dict[str, str]:
     if device.kind != "cuda":
         return {}
     fields = "name,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit"
-    for line in _query("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines():
+    for line in query("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines():
         name, *values = (part.strip() for part in line.split(","))
         if cuda_slug(name) == device.slug and len(values) == 5:
             sm, max_sm, memory, max_memory, power = values
             return {"clocks": f"{sm} of {max_sm}, memory {memory} of {max_memory}", "power_limit": power}
     return {}
-
-
-def load_average() -> float | None:
-    """Processes that wanted to run, averaged over the last minute; None where the system does not count them."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (AttributeError, OSError):
-        return None
 
 
 def cpu_slug(model_name: str, *, family: str = "", model: str = "", n_cpus: int = 1) -> str:
@@ -253,53 +244,15 @@ def _listed(devices: Sequence[Device]) -> str:
 
 @cache
 def _cpu() -> Device:
-    facts = _cpu_facts()
-    n_cpus = os.cpu_count() or 1
-    name = facts.get("model name") or platform.processor() or platform.machine() or "unknown processor"
+    facts, n_cpus = cpu_facts(), os.cpu_count() or 1
+    name = cpu_name(facts)
     slug = cpu_slug(name, family=facts.get("cpu family", ""), model=facts.get("model", ""), n_cpus=n_cpus)
-    signature = "/".join(facts[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in facts)
-    caches = ", ".join(f"L{level} {size >> 10} KiB" for level, size in sorted(cache_bytes().items()))
-    detail = "; ".join(part for part in (signature, f"{n_cpus} CPUs", caches) if part)
-    return Device(slug=slug, kind="cpu", name=name, detail=detail)
-
-
-def _cpu_facts() -> dict[str, str]:
-    """What the system tells about the first processor, in the words of Linux's /proc/cpuinfo."""
-    if platform.system() == "Darwin":
-        return {"model name": _query("sysctl", "-n", "machdep.cpu.brand_string")}
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    facts: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.strip() and "model name" in facts:
-            break
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    if "model name" not in facts:  # Arm kernels give part numbers only; lscpu knows their names.
-        listed = dict(line.split(":", 1) for line in _query("lscpu").splitlines() if ":" in line)
-        facts["model name"] = facts.get("Model") or listed.get("Model name", "").strip()
-    return facts
-
-
-@cache
-def cache_bytes() -> dict[int, int]:
-    """Bytes of the first core's data caches by level, as far as the kernel tells (level 3 as its hypervisor claims it)."""
-    sizes: dict[int, int] = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = ((index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size"))
-        except OSError:
-            continue
-        match = re.fullmatch(r"(\d+)([KMG]?)", size)
-        if kind != "Instruction" and match:
-            sizes[int(level)] = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
-    return sizes
+    return Device(slug=slug, kind="cpu", name=name, detail=cpu_detail(facts, n_cpus))
 
 
 @cache
 def _cuda_devices() -> tuple[Device, ...]:
-    table = _query("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    table = query("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     devices = []
     for line in table.splitlines():
         name, driver, memory = (part.strip() for part in (line.split(",") + ["", ""])[:3])
@@ -307,24 +260,7 @@ def _cuda_devices() -> tuple[Device, ...]:
     return tuple(devices)
 
 
-def _governor() -> str:
-    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError:
-        return "unknown"
-
-
 @cache
 def _git_sha() -> str:
     root = Path(__file__).resolve().parents[2]
-    return _query("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else ""
-
-
-def _query(*command: str) -> str:
-    """Standard output of `command`, or nothing where it does not exist or fails: what it would tell is then unknown."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return query("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else ""

@@ -3,23 +3,23 @@
 A CPU is timed in process CPU time of one thread, which other work on the machine hardly moves, and in wall time where there are more
 threads; a CUDA device by its own events around warm, synchronised calls. Clocks and the CUDA module come in as arguments, so tests
 drive all timers with a fake device.
+Also carried to machines that lowsearch is not installed on (bundle.py): numpy only, and Python 3.8.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Callable, Protocol
 
 import numpy as np
 
-from lowsearch.latency.target import DeviceKind, cache_bytes
+from lowsearch.latency.machine import cache_bytes
 
 Run = Callable[[], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sample:
     """Time of one call, averaged over the repeats that one reading of the clocks enclosed."""
 
@@ -141,7 +141,7 @@ class CudaTimer:
             self._cuda.synchronize(self._index)
 
 
-def timer_class(kind: DeviceKind, threads: int) -> type[CpuTimer | CudaTimer]:
+def timer_class(kind: str, threads: int) -> type[CpuTimer | CudaTimer]:
     """The timer of a target with so many threads on such a device."""
     if kind == "cuda":
         return CudaTimer

@@ -10,27 +10,27 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
-from lowsearch.arch import Arch, input_channels
+from lowsearch.arch import Arch, Block, input_channels
 from lowsearch.errors import DeviceError, LowsearchError
-from lowsearch.latency.measure import Effort, Request
+from lowsearch.latency.machine import load_average
+from lowsearch.latency.measure import Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
-from lowsearch.latency.runtimes import Program, check_parity, check_supported, reference, runtime
-from lowsearch.latency.target import Device, Target, cuda_slug, load_average, require_attached
+from lowsearch.latency.rounds import Prepared, time_step
+from lowsearch.latency.runtimes import check_parity, check_supported, reference, runtime
+from lowsearch.latency.target import Device, Target, cuda_slug, require_attached
 from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer, WallTimer, cpu_flush_bytes
 from lowsearch.latency.timing import Item, Layer, Network, Timing, TimmNetwork
 from lowsearch.model.blocks import LowtentionModule, build_block, conv2d, randomise
 from lowsearch.model.linear_attention import LinearAttention
 from lowsearch.model.lowformer import build_model
 from lowsearch.model.zoo import build_timm
-
-MIN_COMPANY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +39,6 @@ class Bench:
 
     torch_device: torch.device
     timer: Timer
-
-
-@dataclass(slots=True)
-class _Prepared:
-    """One item, compiled and checked, and what has been timed of it so far."""
-
-    item: Item
-    program: Program
-    parity: float
-    once_ms: float = 0.0
-    hot_ms: list[float] = field(default_factory=list)
-    warm_ms: list[float] = field(default_factory=list)
-    cold_ms: list[float] = field(default_factory=list)
-    total_ms: float = 0.0
-    total_wall_ms: float = 0.0
 
 
 class _Reading:
@@ -105,49 +90,47 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
 def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator, label: str = "") -> Iterator[Timing]:
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
     prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
-    blocks = [one for one in prepared if not isinstance(one.item, Network | MemoryRead)]
-    # A few blocks alone would stay warmer than in a network: copies of them, timed for nobody, take turns with them.
-    n_company = max(0, MIN_COMPANY - len(blocks)) if blocks else 0
-    company = [_prepare(blocks[i % len(blocks)].item, request.target, bench, seed=request.seed + i) for i in range(n_company)]
-    bench.timer.settle(prepared[0].program.run)
-    for _ in range(request.effort.rounds):
-        for index in rng.permutation(len(prepared)):
-            _time_hot(prepared[index], bench.timer, request.effort)
-        for index in rng.permutation(len(blocks)):
-            _time_cold(blocks[index], bench.timer, request.effort)
-        if blocks:
-            _time_warm(blocks, company, bench.timer, request.effort, rng=rng)
+    time_step(
+        prepared, bench.timer, request.effort, rng=rng,
+        again=lambda one, i: _prepare(one.item, request.target, bench, seed=request.seed + i),
+    )  # fmt: skip
     load = load_average()
     for one in prepared:
-        yield Timing(
-            item=one.item, process=request.process, hot_ms=tuple(one.hot_ms), warm_ms=tuple(one.warm_ms), cold_ms=tuple(one.cold_ms),
-            wall_over_cpu=round(one.total_wall_ms / one.total_ms, 4) if one.total_ms else 1.0, load_average=load,
-            parity=float(f"{one.parity:.1e}"), step=label,
-        )  # fmt: skip
+        yield Timing(item=one.item, process=request.process, load_average=load, step=label, **one.times())
 
 
-def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> _Prepared:
+def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> Prepared:
     """Compile `item` with random weights, and refuse it where the runtime computes something else than torch."""
     if isinstance(item, MemoryRead):
-        return _Prepared(item, _Reading(item.n_bytes, bench.torch_device), parity=0.0)
-    if isinstance(item, TimmNetwork):
-        module, channels, px, what = build_timm(item.name, item.resolution_px), 3, item.resolution_px, f"network {item.name}"
-    elif isinstance(item, Arch):
-        module, channels, px, what = build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
-    elif isinstance(item, Layer):
-        module, channels, px, what = _build_layer(item), item.channels, item.resolution_px, str(item)
-    else:
-        module, channels, px, what = build_block(item), input_channels(item), item.resolution_px, str(item)
-    module.eval()
-    # Random everywhere, ends that training starts at zero included: parity of an identity would prove nothing.
-    randomise(module, seed=seed)
+        return Prepared(item, _Reading(item.n_bytes, bench.torch_device), parity=0.0, is_block=False)
+    module, channels, px, what = build(item)
     x = torch.randn(target.batch, channels, px, px, generator=torch.Generator().manual_seed(seed))
-    _calm_attention(module, x)
+    fill_at_random(module, x, seed=seed)
     expected = reference(module, x)
     program = runtime(target.runtime).prepare(
         module, x, precision=target.precision, device=bench.torch_device, threads=target.threads
     )  # fmt: skip
-    return _Prepared(item, program, check_parity(program, expected, precision=target.precision, what=what))
+    parity = check_parity(program, expected, precision=target.precision, what=what)
+    return Prepared(item, program, parity=parity, is_block=not isinstance(item, Network))
+
+
+def build(item: Block | Layer | Network) -> tuple[nn.Module, int, int, str]:
+    """`item` as a module; channels and resolution (px) of its input; what to call it in a message."""
+    if isinstance(item, TimmNetwork):
+        return build_timm(item.name, item.resolution_px), 3, item.resolution_px, f"network {item.name}"
+    if isinstance(item, Arch):
+        return build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
+    if isinstance(item, Layer):
+        return _build_layer(item), item.channels, item.resolution_px, str(item)
+    return build_block(item), input_channels(item), item.resolution_px, str(item)
+
+
+def fill_at_random(module: nn.Module, x: torch.Tensor, *, seed: int) -> None:
+    """Make `module` ready for comparing what it computes of `x`: random everywhere, ends that training starts at zero included, as
+    parity of an identity would prove nothing."""
+    module.eval()
+    randomise(module, seed=seed)
+    _calm_attention(module, x)
 
 
 def _build_layer(layer: Layer) -> nn.Module:
@@ -172,49 +155,6 @@ def _calm_attention(module: nn.Module, x: torch.Tensor) -> None:
             module(x)
     for hook in hooks:
         hook.remove()
-
-
-def _time_hot(one: _Prepared, timer: Timer, effort: Effort) -> None:
-    """One round of back-to-back calls."""
-    run = one.program.run
-    for _ in range(effort.warmups - 1):
-        run()
-    one.once_ms = max(timer.time(run, repeats=1).ms, 1e-6)  # The last warm-up call also tells how many repeats a sample needs.
-    repeats = max(1, round(effort.sample_ms / one.once_ms))
-    n_samples = int(np.clip(effort.round_ms / (one.once_ms * repeats), effort.min_samples, effort.max_samples))
-    samples = [timer.time(run, repeats=repeats) for _ in range(n_samples)]
-    one.hot_ms.append(_quartile([sample.ms for sample in samples]))
-    one.total_ms += sum(sample.ms for sample in samples)
-    one.total_wall_ms += sum(sample.wall_ms for sample in samples)
-
-
-def _time_cold(one: _Prepared, timer: Timer, effort: Effort) -> None:
-    """One round of calls that each find the caches flushed."""
-    samples = []
-    for _ in range(effort.cold_samples):
-        timer.flush()
-        samples.append(timer.time(one.program.run, repeats=1).ms)
-    one.cold_ms.append(_quartile(samples))
-
-
-def _time_warm(
-    blocks: Sequence[_Prepared], company: Sequence[_Prepared], timer: Timer, effort: Effort, *, rng: np.random.Generator
-) -> None:
-    """One round of calls in turn, each turn in an order of its own: between two calls of a block run all the others, as in a network."""
-    everyone = [*blocks, *company]
-    turn_ms = sum(one.once_ms for one in blocks) * len(everyone) / len(blocks)
-    n_turns = int(np.clip(effort.turns_ms / turn_ms, effort.min_turns, effort.max_turns))
-    samples = np.empty((len(everyone), n_turns))
-    for turn in range(n_turns):
-        for index in rng.permutation(len(everyone)):
-            samples[index, turn] = timer.time(everyone[index].program.run, repeats=1).ms
-    for one, row in zip(blocks, samples, strict=False):
-        one.warm_ms.append(_quartile(row))
-
-
-def _quartile(values: Sequence[float] | np.ndarray) -> float:
-    """25th percentile, to 10 nanoseconds."""
-    return round(float(np.percentile(values, 25)), 5)
 
 
 def main() -> None:
