@@ -138,7 +138,7 @@ def _against(
 
 def _dominates(costs: np.ndarray, point: np.ndarray) -> np.ndarray:
     """Which rows of `costs` (n, k) are no worse than `point` (k,) in all columns and better in one, (n,)."""
-    return (costs <= point).all(axis=1) & (costs < point).any(axis=1)
+    return np.logical_and((costs <= point).all(axis=1), (costs < point).any(axis=1))
 
 
 def _reference_costs(study: StudyFiles) -> np.ndarray:
