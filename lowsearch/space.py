@@ -215,10 +215,9 @@ class SearchSpace:
         genomes = np.zeros((1, self.n_genes), dtype=np.int8)
         n_conditions = np.bincount([gene for gene, _, _ in self._conditions], minlength=self.n_genes)
         for gene in np.argsort(n_conditions, kind="stable"):  # What a gene depends on has fewer conditions than the gene itself.
-            free = self.active(genomes)[:, gene]
-            choices = np.tile(np.arange(int(self.cardinalities[gene]), dtype=np.int8), int(free.sum()))
-            opened = np.repeat(genomes[free], self.cardinalities[gene], axis=0)
-            opened[:, gene] = choices
+            free, n_choices = self.active(genomes)[:, gene], len(self.genes[gene].choices)
+            opened = np.repeat(genomes[free], n_choices, axis=0)
+            opened[:, gene] = np.tile(np.arange(n_choices, dtype=np.int8), int(free.sum()))
             genomes = np.vstack([genomes[~free], opened])
         return genomes
 

@@ -189,6 +189,7 @@ def test_accuracy_differences_are_those_of_the_joint_posterior():
         (0.10, 0.20, 0.40, ""),  # Not known well enough.
         (0.001, 0.0001, 0.02, ""),  # Clear, but too little to speak of.
         (0.0, 0.01, -0.30, "too much"),
+        (0.08, 0.045, -0.07, "too much"),
         (-0.01, 0.02, 0.30, "too much"),  # The other direction, but within the uncertainty.
     ],
 )

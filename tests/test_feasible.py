@@ -79,17 +79,17 @@ def test_exhaustive_tries_every_network_within_the_limits_once_and_ends(tmp_path
     study = search(tmp_path / "study", StudySettings(sampler="exhaustive", trials=1000, workers=1, limits=LIMITS))
     found = genomes_of(study)
     assert set(found) == within_limits() and len(found) == len(set(found))
-    assert 10 < len(found) < 108
+    assert 6 < len(found) < 60
     assert is_exhausted(study)
 
 
 def test_exhaustive_proposes_the_same_after_an_interruption_and_another_order_for_another_seed(tmp_path):
-    settings = StudySettings(sampler="exhaustive", trials=12, workers=1, limits=LIMITS)
+    settings = StudySettings(sampler="exhaustive", trials=6, workers=1, limits=LIMITS)
     whole = genomes_of(search(tmp_path / "whole", settings))
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "study", settings, stop_after=7)
+        search(tmp_path / "study", settings, stop_after=5)
     assert genomes_of(search(tmp_path / "study", settings)) == whole
-    other = StudySettings(sampler="exhaustive", trials=12, workers=1, limits=LIMITS, seed=1)
+    other = StudySettings(sampler="exhaustive", trials=6, workers=1, limits=LIMITS, seed=1)
     assert genomes_of(search(tmp_path / "other", other)) != whole
 
 
@@ -112,12 +112,11 @@ def test_our_sampler_ends_as_well_when_nothing_is_left(tmp_path):
 
 def test_a_whole_run_that_exhausts_its_space_goes_on_to_its_finals(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SPACE", str(TESTS / "tiny_space.yaml"))
-    limits = parse_limits(maxima=["latency_ms=0.15"], minima=["params=120000"])
+    limits = parse_limits(maxima=["latency_ms=0.14"], minima=["params=113000"])
     settings = StudySettings(sampler="exhaustive", budget_s=500.0, workers=2, limits=limits)
     result = studies.run(settings, tmp_path / "study", backend=fakes.backend())
     assert result.summary["exhausted"]
     assert result.front
-    assert studies.run(settings, tmp_path / "study", backend=fakes.backend()).front == result.front
 
 
 # Limits that nothing keeps

@@ -50,6 +50,8 @@ def short_beginnings():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("lowsearch.search.samplers.POPULATION", 3)
         patched.setattr("lowsearch.search.foreign.N_STARTUP", 5)
+        patched.setattr("lowsearch.search.foreign.N_SAMPLED", 256)
+        patched.setattr("lowsearch.search.foreign.N_GENERATIONS", 2)
         yield
 
 

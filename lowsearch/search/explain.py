@@ -84,9 +84,10 @@ class Change:
         gap = abs(self.latency_share - self.macs_share)
         if gap <= max(CLEAR_STD * std, CLEAR_SHARE):
             return ""
-        if self.latency_share * self.macs_share < 0 and abs(self.latency_share) > CLEAR_STD * std:
+        turned = self.latency_share * self.macs_share < 0
+        if turned and abs(self.latency_share) > CLEAR_STD * std:
             return "opposite"
-        return "too much" if abs(self.macs_share) > abs(self.latency_share) else "too little"
+        return "too much" if turned or abs(self.macs_share) > abs(self.latency_share) else "too little"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, `arch` as `Arch.to_dict()`."""

@@ -80,13 +80,13 @@ def refine(
     # Judged cheaply first: deviations of latency are worked out network by network.
     hopeful = (gain >= 0) & (saved_ms >= 0) & ((gain > CLEAR_STD * score_std) | (saved_ms > 0))
     found = changes(known, genome, genomes[hopeful], [s for s, kept in zip(steps, hopeful, strict=True) if kept])
-    leads: list[tuple[Change, Gain]] = [(change, kind) for change in found if (kind := _gain(change))]
-    volumes = _hypervolumes(known, genome, [change for change, _ in leads], reference)
-    ordered = sorted(zip(leads, volumes, strict=True), key=lambda pair: -pair[1])
-    return Refinement(
-        arch=arch, n_judged=len(genomes),
-        leads=tuple(Lead(change=change, gain=kind, hypervolume=volume) for (change, kind), volume in ordered),
-    )  # fmt: skip
+    volumes = _hypervolumes(known, genome, found, reference)
+    leads = [
+        Lead(change=change, gain=kind, hypervolume=float(volume))
+        for change, volume in zip(found, volumes, strict=True)
+        if (kind := _gain(change)) is not None
+    ]
+    return Refinement(arch=arch, n_judged=len(genomes), leads=tuple(sorted(leads, key=lambda lead: -lead.hypervolume)))
 
 
 def within_two_changes(space: SearchSpace, genome: np.ndarray) -> tuple[np.ndarray, list[tuple[Step, ...]]]:
@@ -149,6 +149,8 @@ def _gain(change: Change) -> Gain | None:
 def _hypervolumes(known: Knowledge, genome: np.ndarray, found: list[Change], reference: Mapping[Metric, float]) -> np.ndarray:
     """Expected hypervolume (n,) that each change adds to the network it was made from, in score and log latency."""
     assert known.score is not None
+    if not found:
+        return np.zeros(0)
     objectives = parse_objectives("acc-latency")
     score, ms = float(known.score.predict(genome[None])[0][0]), float(known.latency.predict(genome[None])[0][0])
     gains = np.array([change.score for change in found], dtype=float)
