@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -194,7 +195,7 @@ def test_deep_attention_stays_comparable() -> None:
     assert timing.parity < 1e-5
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=[pytest.mark.slow, needs_compiler]) for name in ("compile", "aoti"))])
+@pytest.mark.parametrize("name", [*FAST, pytest.param("compile", marks=[pytest.mark.slow, needs_compiler])])
 def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(name: str) -> None:
     cpu = attached_devices()[0]
     effort = Effort(processes=1, rounds=2, sample_ms=0.01, round_ms=0.1, turns_ms=1, min_turns=2, cold_samples=1)
@@ -332,7 +333,7 @@ class GpuSession:
         self._cpu.run_with_iobinding(binding, options)
 
 
-SESSION = __import__("onnxruntime").InferenceSession
+SESSION = ort.InferenceSession
 
 
 @pytest.fixture
@@ -381,7 +382,7 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DeviceError, match=r"cannot use its CUDAExecutionProvider here.*onnxruntime-gpu"):
         OnnxRuntime(cuda=FakeCuda()).prepare(module, x, precision="fp32", device=GPU)
     monkeypatch.undo()
-    assert "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers(), "this test wants the package for CPUs"
+    assert "CUDAExecutionProvider" not in ort.get_available_providers(), "this test wants the package for CPUs"
     monkeypatch.setattr(onnx_runtimes, "placed", lambda module, x, **_: (module, x))
     with pytest.raises(DeviceError, match="it has .*CPUExecutionProvider"):
         OnnxRuntime(cuda=FakeCuda()).prepare(module, x, precision="fp32", device=GPU)
