@@ -402,8 +402,8 @@ def run(
     ] = "lowsearch",
     workers: Annotated[int, typer.Option("--workers", help="Processes that train side by side.")] = 2,
     accuracy: Annotated[
-        Literal["trained", "params", "macs"] | None,
-        typer.Option("--accuracy", help="trained, or a proxy without training: params or macs."),
+        Literal["trained", "params", "macs", "published"] | None,
+        typer.Option("--accuracy", help="trained, or a score without training: published (224 px class), params or macs."),
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="Training recipe; default: the one made for the data.")] = None,
     final_seeds: Annotated[int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist.")] = None,
@@ -446,6 +446,15 @@ def run(
         _print_json({"study": folder.name, "front": result.front, "summary": result.summary, "report": str(page)})
         return
     _print_front(folder.name, result.front)
+    if settings.accuracy == "published":
+        from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
+
+        error = leave_one_out()
+        _tell(
+            f"scores are the trend of published accuracies, no accuracies: it foretells one of {error.n_networks} published networks from "
+            f"the others to {error.rmse_points:.2f} points (they spread by {error.std_over_networks_points:.2f}), and networks of other "
+            f"families to {RELATIVES_RMSE_POINTS:.1f} points"
+        )
     _print_summary(result.summary)
     _tell(f"report: {page}")
 
@@ -709,6 +718,86 @@ def train(
     _print_table("Trained", ["what", "value"], [*([k, _plain(metrics[k])] for k in shown), ["folder", str(folder)]])
 
 
+@app.command()
+def proxies(
+    arch: Annotated[
+        list[str] | None, typer.Option("--arch", help="A preset, an arch.json or, with --study, an id; may be repeated.")
+    ] = None,
+    study: Annotated[str | None, typer.Option("--study", help="Networks of this study: all of them, or those of --arch.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Data set; default: the study's, else fashion-mnist-mini.")] = None,
+    images: Annotated[int, typer.Option("--images", min=4, help="Images in the batch that the proxies look at.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random weights.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Training-free scores of networks: NASWOT, SynFlow, ZiCo and AZ-NAS, beside params and MACs. They are no accuracies."""
+    import dataclasses
+
+    import numpy as np
+
+    from lowsearch import cost as costs
+    from lowsearch.accuracy.proxies import proxy_scores
+    from lowsearch.data import load_data
+
+    if not (arch or study):
+        raise UsageError("no network was named", hint="lowsearch proxies --arch lowformer_b1, or --study NAME")
+    networks, defaults = _networks_of_study(study, arch or [""]) if study else ({name: _network(name) for name in arch or ()}, {})
+    loaded = load_data(data or defaults.get("data") or "fashion-mnist-mini")
+    batch = loaded.train.take(np.arange(min(images, len(loaded.train))))
+    archs = [dataclasses.replace(network, num_classes=len(loaded.classes)) for network in networks.values()]
+    with _progress() as progress:
+        scores = proxy_scores(archs, batch, seed=seed, progress=progress)
+    rows = []
+    for i, (name, network) in enumerate(zip(networks, archs, strict=True)):
+        counted = costs.count(network)
+        rows.append({"network": name, "params": counted.params, "macs": counted.macs, **{k: float(v[i]) for k, v in scores.items()}})
+    if as_json:
+        _print_json({"data": loaded.name, "images": len(batch), "seed": seed, "networks": rows})
+    else:
+        _print_rows(f"Proxies on {len(batch)} images of {loaded.name}: scores, not accuracies; AZ-NAS ranks these networks only", rows)
+
+
+@app.command()
+def trust(
+    study: Annotated[str, typer.Argument(help="Name or folder of a study.")],
+    networks: Annotated[int, typer.Option("--networks", min=5, help="Networks held out, at least.")] = 12,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each; two give the ceiling.")] = 1,
+    as_json: JsonFlag = False,
+) -> int:
+    """Examine a study's accuracy predictor on networks it never saw, trained for that. Resumes; exit code 1 where it is not trusted."""
+    from lowsearch.search.trust import trust as examine
+
+    folder = _study_folder(study)
+    with _progress() as progress:
+        found = examine(folder, n_networks=networks, n_seeds=seeds, progress=progress)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        rows = [
+            {
+                "signal": row["signal"], "latency": row["band"] or "all", "networks": row["n_networks"],
+                "Spearman": _rounded(row["spearman"]), "95 %": _interval(row["low"], row["high"]),
+                "Kendall": _rounded(row["kendall"]), "95 % ": _interval(row["kendall_low"], row["kendall_high"]),
+            }
+            for row in found.rows()
+        ]  # fmt: skip
+        _print_rows(f"{found.n_networks} held-out networks, trained with {found.n_seeds} seed{'s' * (found.n_seeds > 1)} each", rows)
+        typer.echo(f"verdict: {found.verdict}: {found.reason}")
+        _tell(
+            f"{100 * found.coverage:.0f} % of the accuracies lie within the predictor's 90 % intervals; "
+            f"it learned from {found.n_records} networks of the study"
+        )
+        _tell(f"numbers: {folder / 'trust.json'}; lowsearch report {folder.name} shows them")
+    return 1 if found.verdict == "not trusted" else 0
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+
+
 def _was_typed(context: typer.Context, parameter: str) -> bool:
     source = context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
@@ -732,6 +821,15 @@ def _study_folder(name: str) -> Path:
 
 def _network_of_study(study: str, arch_id: str) -> tuple[Any, Mapping[str, Any]]:
     """A network of a study by its id or the beginning of it, and the study's settings."""
+    found, settings = _networks_of_study(study, [arch_id])
+    if len(found) != 1:
+        hint = f"{_study_folder(study) / 'front.csv'} lists the front's"
+        raise StudyError(f"study {study!r} has {len(found)} networks whose id begins with {arch_id!r}", hint=hint)
+    return next(iter(found.values())), settings
+
+
+def _networks_of_study(study: str, beginnings: Sequence[str]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """arch_id -> network of a study, of those whose id begins with one of `beginnings`; and the study's settings."""
     import yaml
 
     from lowsearch.arch import Arch
@@ -740,13 +838,13 @@ def _network_of_study(study: str, arch_id: str) -> tuple[Any, Mapping[str, Any]]
     try:
         networks = json.loads((folder / "networks.json").read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
-        found = [key for key in networks if key.startswith(arch_id)]
-    except (ValueError, TypeError, FileNotFoundError, yaml.YAMLError) as error:
+        found = {key: values for key, values in networks.items() if key.startswith(tuple(beginnings))}
+    except (ValueError, TypeError, AttributeError, FileNotFoundError, yaml.YAMLError) as error:
         raise StudyError(f"study {folder} has no readable networks.json and study.yaml", hint=f"lowsearch run --study {study}") from error
-    if len(found) != 1:
-        what = f"{len(found)} networks whose id begins with" if found else "no network"
-        raise StudyError(f"study {study!r} has {what} {arch_id!r}", hint=f"{folder / 'front.csv'} lists the front's")
-    return Arch.from_dict(networks[found[0]]["arch"]), settings if isinstance(settings, dict) else {}
+    if not found:
+        named = ", ".join(map(repr, beginnings))
+        raise StudyError(f"study {study!r} has no network {named}", hint=f"{folder / 'front.csv'} lists the front's")
+    return {key: Arch.from_dict(values["arch"]) for key, values in found.items()}, settings if isinstance(settings, dict) else {}
 
 
 def _require_cuda(device: str) -> None:
@@ -776,6 +874,8 @@ def _print_front(study: str, front: Sequence[Mapping[str, Any]]) -> None:
         | (
             {"val %": _percent(row, "val_accuracy"), "test %": _percent(row, "test_accuracy"), "± %": _percent(row, "accuracy_std")}
             if trained
+            else {"score": row["score"], "± score": row.get("score_std"), "score source": row["accuracy_source"]}
+            if "score" in row
             else {}
         )
         | {"latency_ms": row["latency_ms"], "±": row["latency_std_ms"], "source": row["latency_source"]}
@@ -793,6 +893,13 @@ def _percent(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def _print_summary(summary: Mapping[str, Any]) -> None:
+    if summary["steering_ended"]:
+        _tell(summary["steering_ended"])
+    elif (forecast := summary["forecast"])["low"] is not None:
+        _tell(
+            f"forecasts from the lowest rung rank {forecast['n_networks']} fully trained networks with Spearman {forecast['spearman']:.2f} "
+            f"({forecast['low']:.2f} to {forecast['high']:.2f}); on networks held out for it: lowsearch trust"
+        )
     limit = summary["limit"]
     if limit["limited"]:
         _tell(

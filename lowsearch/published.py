@@ -16,3 +16,13 @@ TOP1_PERCENT: dict[str, float] = {
     "repvit_m1_5": 82.5, "resnet18": 73.3, "resnet50": 81.1,
 }  # fmt: skip
 """By preset or timm name. Other networks have no entry, and are shown without an accuracy."""
+
+TOP1_PERCENT_AT: dict[str, dict[int, float]] = {
+    "lowformer_b0": {224: 78.388, 256: 79.194, 288: 79.306}, "lowformer_b1": {224: 79.806, 256: 80.260, 288: 80.406},
+    "lowformer_b15": {224: 81.102, 256: 81.558, 288: 81.708}, "lowformer_b3": {224: 83.656, 256: 83.988, 288: 84.066},
+    "lowformer_e1": {224: 78.772, 256: 79.366, 288: 79.624}, "lowformer_e2": {224: 81.612, 256: 81.982, 288: 82.156},
+    "lowformer_e3": {224: 83.044, 256: 83.166, 288: 83.402}, "lowformer_b2": {224: 81.6}, "cpubone_b0": {224: 77.6},
+    "cpubone_b1": {224: 78.7}, "cpubone_b2": {224: 80.3}, "cpubone_b3": {224: 83.1},
+}  # fmt: skip
+"""The presets by resolution_px, without training again: timm's evaluation of the released weights; the releases where there are none.
+B2 was read off a figure."""

@@ -290,7 +290,7 @@ def test_exported_2x2_convolutions_pad_themselves(kind: str, px: int, stride: in
     import onnx
     import onnxruntime
 
-    from lowsearch.latency.runtimes import export_onnx
+    from lowsearch.latency.onnx_runtimes import export_onnx
 
     if kind == "attention":
         block: Block = Lowtention(

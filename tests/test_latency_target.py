@@ -91,12 +91,12 @@ def test_a_gpus_clocks_and_power_limit_are_in_its_context(monkeypatch: pytest.Mo
     told = (
         "Tesla T4, 300 MHz, 1590 MHz, 405 MHz, 5001 MHz, 70.00 W\nNVIDIA GeForce RTX 3090, 1695 MHz, 2100 MHz, 9501 MHz, 9751 MHz, 350.00 W"
     )
-    monkeypatch.setattr(targets, "_query", lambda *command: told if "power.limit" in str(command) else "")
+    monkeypatch.setattr(targets, "query", lambda *command: told if "power.limit" in str(command) else "")
     made = context(Target("rtx3090", "eager"), GPU, statistic="t", versions={}, runtime_options={})
     assert made.clocks == "1695 MHz of 2100 MHz, memory 9501 MHz of 9751 MHz" and made.power_limit == "350.00 W"
     assert context(Target(CPU.slug, "eager"), CPU, statistic="t", versions={}, runtime_options={}).clocks == ""
     assert dataclasses.replace(made, clocks="", power_limit="").fingerprint == made.fingerprint
-    monkeypatch.setattr(targets, "_query", lambda *command: "")  # An old driver, or none.
+    monkeypatch.setattr(targets, "query", lambda *command: "")  # An old driver, or none.
     assert targets.gpu_state(GPU) == {}
 
 

@@ -7,13 +7,11 @@ was trained at once, bit for bit. Every rung reached is a record; a rung on reco
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
@@ -22,6 +20,7 @@ from lowsearch.data import ImageData
 from lowsearch.errors import UsageError
 from lowsearch.train import Recipe, train
 
+RECORDS = "records.jsonl"
 RUNGS = (0.5, 1.0)
 """Fixed by benchmarks/lowest_rung.py: on fashion-mnist-mini 25 % of the schedule adds nothing to what the architecture tells, 50 % does."""
 
@@ -29,11 +28,21 @@ RUNGS = (0.5, 1.0)
 class Ladder:
     """Trains networks on one data set by one recipe with one seed. Several processes may share the folder."""
 
-    def __init__(self, data: ImageData, recipe: Recipe, *, folder: Path, rungs: tuple[float, ...] = RUNGS, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: ImageData,
+        recipe: Recipe,
+        *,
+        folder: Path,
+        rungs: tuple[float, ...] = RUNGS,
+        seed: int = 0,
+        records: str = RECORDS,
+    ) -> None:
+        """`records`: name of the file in `folder` that every rung reached is written to."""
         if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] <= 0 or rungs[-1] != 1.0:
             raise UsageError(f"rungs are {rungs!r}, expected rising fractions that end at 1.0")
         self.data, self.recipe, self.rungs, self.seed, self.folder = data, recipe, tuple(rungs), seed, folder
-        self.records = AccuracyRecords(folder / "records.jsonl")
+        self.records = AccuracyRecords(folder / records)
 
     def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> AccuracyRecord:
         """The record of `arch` at `rung`, trained from where its training stands if it is not there yet.
@@ -77,53 +86,6 @@ class Ladder:
         checkpoint = self.checkpoint(arch)
         checkpoint.unlink(missing_ok=True)
         Path(str(checkpoint) + ".lock").unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RungAgreement:
-    """How well scores at a low rung rank networks as their full schedule does."""
-
-    rung: float
-    n_networks: int
-    spearman: float | None
-    """None below three networks, or where all scores are equal."""
-    low: float | None
-    high: float | None
-    """95 % bootstrap interval of `spearman` over networks; None below five."""
-
-
-def spot_check_rung(records: Iterable[AccuracyRecord], *, rung: float | None = None, seed: int = 0) -> RungAgreement:
-    """Agreement between `rung` (default: the lowest on record) and the full schedule over the networks that have both.
-
-    Both scores are of one training, and only networks that were promoted have both: a check for surprises, not the evidence that
-    chose the rung, which compares different seeds over random networks (benchmarks/lowest_rung.py).
-    """
-    records = tuple(records)
-    full = {r.key[:4]: r for r in records if r.rung == 1.0}
-    if rung is None:
-        rung = min((r.rung for r in records), default=RUNGS[0])
-    pairs = [(point.val_accuracy, r.val_accuracy) for r in full.values() if (point := r.at(rung)) is not None]
-    return rung_agreement(np.array(pairs).reshape(-1, 2), rung=rung, rng=np.random.default_rng(seed))
-
-
-def rung_agreement(pairs: np.ndarray, *, rung: float, rng: np.random.Generator, n_bootstrap: int = 2000) -> RungAgreement:
-    """Agreement of the two columns of `pairs` (n_networks, 2)."""
-    value = spearman(pairs[:, 0], pairs[:, 1]) if len(pairs) >= 3 else None
-    low = high = None
-    if value is not None and len(pairs) >= 5:
-        resampled = [spearman(*pairs[rng.integers(len(pairs), size=len(pairs))].T) for _ in range(n_bootstrap)]
-        low, high = (float(q) for q in np.quantile([v for v in resampled if v is not None], [0.025, 0.975]))
-    return RungAgreement(rung=rung, n_networks=len(pairs), spearman=value, low=low, high=high)
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation with ties averaged; None where either side does not vary."""
-    from scipy.stats import rankdata
-
-    ranks = np.stack([rankdata(a), rankdata(b)])
-    if (np.ptp(ranks, axis=1) == 0).any():
-        return None
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _reached(rung: float, curve: tuple) -> float:

@@ -20,6 +20,9 @@ SOURCES = {
     "estimated": "worked out from partial evidence: accuracy from a training that stopped early, latency from a formula",
     "trained": "accuracy of weights that were trained here on the full schedule, with a fresh seed for the final networks",
     "published": "copied from a paper or model card",
+    "proxy:params": "the logarithm of the parameters: a score in place of accuracy, not an accuracy",
+    "proxy:macs": "the logarithm of the MACs: a score in place of accuracy, not an accuracy",
+    "prior:published": "the trend of published accuracies of other networks: a score in place of accuracy, not an accuracy",
 }
 READING = (
     "Latency is the time of one forward pass at the stated batch. The front is the set of networks that no other beats in all objectives. "
@@ -53,9 +56,9 @@ def body(study: StudyFiles) -> str:
 
 def _header(study: StudyFiles) -> str:
     words = {"acc": "accuracy", "latency": "latency", "macs": "MACs", "params": "parameters"}
-    proxy = tables.proxy(study)
-    if proxy:
-        words["acc"] = f"{words.get(proxy, proxy)} (in place of accuracy)"
+    if source := tables.stand_in(study):
+        stand_in = tables.STAND_INS[source]
+        words["acc"] = f"{words.get(stand_in, stand_in)} (in place of accuracy)"
     objectives = [words.get(name, name) for name in str(study.settings.get("objective", "")).split("-")]
     lead = (
         f"Networks from the space <b>{escape(_setting(study, 'space'))}</b> searched for {escape(' and '.join(objectives))}"
@@ -65,7 +68,7 @@ def _header(study: StudyFiles) -> str:
 <div class="titlebar"><div><p class="eyebrow">lowsearch study</p><h1>{escape(study.name)}</h1></div>
 <button type="button" class="quiet" id="theme">Dark theme</button></div>
 <p class="lead">{lead}</p>
-{_progress_notice(study)}{_stale_notice(study)}
+{_progress_notice(study)}{_stale_notice(study)}{_steering_notice(study)}
 <dl class="facts">{"".join(_fact(*fact) for fact in facts(study))}</dl>
 {_spent(study)}
 <noscript><p class="notice">The plots and the network panel need JavaScript; the tables do not.</p></noscript>
@@ -146,6 +149,11 @@ def _stale_notice(study: StudyFiles) -> str:
     return f'<p class="notice">{escape(text)}</p>'
 
 
+def _steering_notice(study: StudyFiles) -> str:
+    why = study.summary.get("steering_ended")
+    return f'<p class="notice">In this study {escape(why)}.</p>' if why else ""
+
+
 def _spent(study: StudyFiles) -> str:
     spent = {phase: seconds for phase, seconds in tables.spent_seconds(study).items() if seconds > 0}
     if not spent:
@@ -183,6 +191,7 @@ def key_figures(study: StudyFiles) -> list[Card]:
         _hypervolume_card(study),
         *_comparison_cards(tables.against_family(study)),
         limit_card(study),
+        trust_card(study),
     ]
     return [card for card in cards if card is not None]
 
@@ -256,6 +265,28 @@ def limit_card(study: StudyFiles) -> Card | None:
     return None
 
 
+def trust_card(study: StudyFiles) -> Card | None:
+    """How well the accuracy predictor ranks: on networks held out for it where `lowsearch trust` ran, else on those the study trained."""
+    if study.trust:
+        own = study.trust["signals"][0]
+        how = f"on {own['n_networks']} held-out networks: {study.trust['reason']}"
+        return Card("Accuracy predictor", str(study.trust["verdict"]), _rank(own), how)
+    found = study.summary.get("forecast") or {}
+    if found.get("low") is None:
+        return None
+    how = (
+        f"Spearman of forecasts from the lowest rung with the full schedule, cross-validated over {found['n_networks']} networks that the "
+        f"search chose to train fully; lowsearch trust {study.name} asks networks that it did not choose"
+    )
+    return Card("Forecasts rank networks", f"{found['spearman']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}", how)
+
+
+def _rank(found: Mapping[str, Any]) -> str:
+    if found.get("low") is None:
+        return ""
+    return f"Spearman {found['spearman']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
 def _pace(study: StudyFiles, errors: PredictionError) -> str:
     if not math.isfinite(study.pace):
         return ""
@@ -289,10 +320,10 @@ def _front(study: StudyFiles) -> str:
 
 def _what_was_done(study: StudyFiles) -> str:
     """What stands behind the final networks' numbers."""
-    proxy = tables.proxy(study)
+    source = tables.stand_in(study)
     trained = (
-        f"Nothing was trained: {escape(proxy)} stand in for accuracy."
-        if proxy
+        f"Nothing was trained: {tables.STAND_INS[source]} stand in for accuracy.{_prior(study)}"
+        if source
         else "Final networks were trained on the full schedule with fresh seeds."
     )
     if any(network.latency_source == tables.MEASURED for network in study.finalists):
@@ -301,6 +332,18 @@ def _what_was_done(study: StudyFiles) -> str:
         timed = "The device is not attached, so their latencies are from its table and were not measured again."
     chosen = "The front was chosen on validation images; test images were read once, afterwards."
     return " ".join([trained, timed, *([chosen] if tables.test_was_read(study) else [])])
+
+
+def _prior(study: StudyFiles) -> str:
+    """How far the published trend can be believed; empty where it was not used."""
+    prior = study.settings.get("prior")
+    if not isinstance(prior, dict):
+        return ""
+    return (
+        f" Their trend over MACs, params, activations and pixels foretells one of the {prior['n_networks']} published networks from the "
+        f"others to {prior['rmse_points']:.2f} points (Spearman {prior['spearman']:.2f}), networks of other families "
+        f"to {prior['relatives_rmse_points']:.1f}."
+    )
 
 
 def _latency_sources(study: StudyFiles) -> set[str]:

@@ -41,6 +41,7 @@ class Network:
     accuracy_source: str = ""
     score: float = NAN
     """Stands in for accuracy in a study without training, and is never called accuracy; `accuracy_source` says what it is."""
+    score_std: float = NAN
     latency_ms: float = NAN
     latency_std_ms: float = NAN
     latency_source: str = ""
@@ -88,6 +89,10 @@ class StudyFiles:
     hypervolume: tuple[HypervolumePoint, ...] = ()
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """arch_id -> {arch: Arch.to_dict(), blocks: [{place, kind, ms, source, macs, params}]}"""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """What `lowsearch run` summed up at its end; empty before."""
+    trust: Mapping[str, Any] = field(default_factory=dict)
+    """What `lowsearch trust` found; empty where it was not asked."""
     missing: tuple[str, ...] = ()
 
     @property
@@ -122,6 +127,8 @@ def read_study(folder: Path) -> StudyFiles:
         sample=read_csv("space_sample.csv"),
         hypervolume=tuple(_table(folder / "hypervolume.csv", _hypervolume_point, missing)),
         networks=_networks(folder / "networks.json", missing),
+        summary=_mapping(folder / "summary.json"),
+        trust=_mapping(folder / "trust.json", "verdict", "reason", "signals"),
         missing=tuple(missing),
     )
 
@@ -146,15 +153,24 @@ def _settings(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def _networks(path: Path, missing: list[str]) -> Mapping[str, Mapping[str, Any]]:
+def _mapping(path: Path, *required: str) -> Mapping[str, Any]:
+    """The JSON object in `path`, with at least the `required` keys; empty where there is no such file."""
     if not path.exists():
-        missing.append(path.name)
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"{path} is not JSON: {error}", hint=_again(path)) from error
-    if not isinstance(values, dict) or not all(isinstance(v, dict) and {"arch", "blocks"} <= v.keys() for v in values.values()):
+    if not isinstance(values, dict) or not set(required) <= values.keys():
+        raise StudyError(f"{path}: expected a mapping{' with ' * bool(required)}{', '.join(required)}", hint=_again(path))
+    return values
+
+
+def _networks(path: Path, missing: list[str]) -> Mapping[str, Mapping[str, Any]]:
+    if not path.exists():
+        missing.append(path.name)
+    values = _mapping(path)
+    if not all(isinstance(v, dict) and {"arch", "blocks"} <= v.keys() for v in values.values()):
         raise StudyError(f"{path}: expected a mapping of arch_id to arch and blocks", hint=_again(path))
     return values
 
@@ -232,6 +248,7 @@ def _network(row: _Row) -> Network:
         accuracy_std_origin=row.text("accuracy_std_origin"),
         accuracy_source=row.text("accuracy_source"),
         score=row.number("score"),
+        score_std=row.number("score_std", least=0),
         latency_ms=row.number("latency_ms", least=0),
         latency_std_ms=row.number("latency_std_ms", least=0),
         latency_source=row.text("latency_source"),

@@ -22,8 +22,8 @@ from lowsearch.search.objectives import Metric, Objectives, parse_objectives
 MEASURED = "measured"
 
 
-PROXY = "proxy:"
-"""`accuracy_source` of a study without training starts with this."""
+STAND_INS = {"proxy:params": "params", "proxy:macs": "macs", "prior:published": "published accuracies"}
+"""`accuracy_source` of a study without training, and what stood in for accuracy, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def objectives(study: StudyFiles) -> Objectives:
 
 
 def search_values(network: Network) -> dict[Metric, float]:
-    """The values that the search's objectives read; a proxy where there is no accuracy."""
+    """The values that the search's objectives read; what stands in for accuracy where there is none."""
     accuracy = network.val_accuracy if math.isfinite(network.val_accuracy) else network.score
     return {"accuracy": accuracy, "latency_ms": network.latency_ms, "macs": network.macs, "params": network.params}
 
@@ -191,15 +191,16 @@ def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
     return AXES[across], AXES[next(metric for metric in costs if metric != across)]
 
 
-def proxy(study: StudyFiles) -> str:
-    """What stands in for accuracy in a study without training, `params` or `macs`; empty where accuracy is trained."""
+def stand_in(study: StudyFiles) -> str:
+    """What stands in for accuracy in a study without training, one of STAND_INS; empty where accuracy is trained."""
     sources = (network.accuracy_source for network in (*study.candidates, *study.finalists))
-    return next((source.removeprefix(PROXY) for source in sources if source.startswith(PROXY)), "")
+    return next((source for source in sources if source in STAND_INS), "")
 
 
 def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
-    if stand_in := proxy(study):
-        return Axis(f"log10 of {stand_in}, in place of accuracy", lambda n: n.score, log=False)
+    if source := stand_in(study):
+        score = "Trend" if source.startswith("prior:") else "log10"
+        return Axis(f"{score} of {STAND_INS[source]}, in place of accuracy", lambda n: n.score, lambda n: n.score_std, log=False)
     accuracy = Accuracy(split)
     return Axis(f"{split.capitalize()} accuracy, %", lambda n: 100 * accuracy(n), lambda n: 100 * n.accuracy_std, log=False)
 
@@ -219,7 +220,7 @@ def comparable_accuracy(*networks: Network) -> Accuracy:
 def against_family(study: StudyFiles) -> list[FamilyComparison]:
     """Every hand-made finalist against the proposed finalists, fastest first.
 
-    Empty where the study does not search for accuracy and latency, or has a proxy in place of accuracy.
+    Empty where the study does not search for accuracy and latency, or has something else in place of accuracy.
     """
     if not {"accuracy", "latency_ms"} <= set(objectives(study).metrics):
         return []
@@ -485,7 +486,7 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
     rows = [
         ("Test accuracy", percent(network.test_accuracy, accuracy_std), network.accuracy_source),
         ("Validation accuracy", percent(network.val_accuracy, accuracy_std), network.accuracy_source),
-        ("Score", f"{network.score:.4g}" if math.isfinite(network.score) else "", network.accuracy_source),
+        ("Score", f"{network.score:.4g}{_score_error(network)}" if math.isfinite(network.score) else "", network.accuracy_source),
         ("Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
         ("Predicted latency", milliseconds(network.predicted_latency_ms), "predicted"),
         ("MACs", count(network.macs), ""),
@@ -495,6 +496,10 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
         ("Standard error from", network.accuracy_std_origin, ""),
     ]
     return [row for row in rows if row[1]]
+
+
+def _score_error(network: Network) -> str:
+    return f" ± {network.score_std:.2g}" if network.score_std > 0 else ""
 
 
 def percent(value: float, std: float = NAN, *, signed: bool = False) -> str:

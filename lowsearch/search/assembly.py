@@ -10,13 +10,16 @@ import copy
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowsearch.accuracy.ladder import Ladder
+import numpy as np
+
+from lowsearch.accuracy.ladder import RECORDS, Ladder
 from lowsearch.accuracy.predictor import AccuracyPredictor
+from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
@@ -36,6 +39,7 @@ from lowsearch.train import Recipe, evaluate, recipe, train
 
 log = logging.getLogger(__name__)
 
+HELD_OUT_FILE = "trust.jsonl"
 DEFAULT_RECIPE = "micro"
 LARGEST_EMBEDDED_PX = 96
 """The embedded images have 28 pixels: what they say about networks for more than this is not worth training for."""
@@ -47,13 +51,19 @@ def resolve(settings: StudySettings) -> StudySettings:
     Raises StudyError where nothing on this machine can tell the accuracy of the space's networks.
     """
     device = resolve_device(settings.device).slug
-    if settings.accuracy in ("params", "macs"):
-        return dataclasses.replace(settings, device=device)
     space = SearchSpace.load(settings.space)
-    if settings.data is None and min(px for px, _ in space.genes[0].choices) > LARGEST_EMBEDDED_PX:
+    small = min(px for px, _ in space.genes[0].choices) <= LARGEST_EMBEDDED_PX
+    if settings.accuracy == "published" and small:
+        raise StudyError(
+            f"published accuracies are of ImageNet networks; they say nothing about space {space.name!r} with its smaller images",
+            hint="train (leave --accuracy out), or search the 224 px class: --space lowformer --accuracy published",
+        )
+    if settings.stand_in:
+        return dataclasses.replace(settings, device=device)
+    if settings.data is None and not small:
         raise StudyError(
             f"there is no accuracy signal for space {space.name!r} on this machine: its networks are too large for the embedded images",
-            hint="search by a stated proxy (--accuracy macs or --accuracy params), or train on your own images (--data folder:PATH)",
+            hint="search by a score (--accuracy published, or the proxy --accuracy macs), or train on your images (--data folder:PATH)",
         )
     name = settings.recipe or DEFAULT_RECIPE
     recipe(name)
@@ -94,7 +104,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     untrained = AccuracyPredictor(space)
 
     def records() -> Sequence[AccuracyRecord]:
-        found = AccuracyRecords(folder / "records.jsonl")
+        found = AccuracyRecords(folder / RECORDS)
         return sorted(found, key=lambda record: (record.arch_id, record.rung))
 
     def fit(found: Sequence[Any]) -> AccuracyPredictor | None:
@@ -107,6 +117,22 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         assert data is not None and schedule is not None
         return Ladder(data, schedule, folder=folder, seed=settings.seed)
 
+    def held_out(seed: int) -> Ladder:
+        import torch
+
+        assert data is not None and schedule is not None
+        torch.set_num_threads(1)  # As in the workers: on one thread the same training gives the same weights.
+        return Ladder(data, schedule, folder=folder, rungs=(1.0,), seed=seed, records=HELD_OUT_FILE)
+
+    def held_out_records() -> Sequence[AccuracyRecord]:
+        return tuple(AccuracyRecords(folder / HELD_OUT_FILE))
+
+    def proxies(archs: Sequence[Arch], progress: Progress | None) -> Mapping[str, np.ndarray]:
+        from lowsearch.accuracy.proxies import N_IMAGES, proxy_scores
+
+        assert data is not None
+        return proxy_scores(archs, data.train.take(np.arange(min(N_IMAGES, len(data.train)))), progress=progress)
+
     def finalist(arch: Arch, seed: int, path: Path) -> FinalScore:
         assert data is not None and schedule is not None
         return train_final(arch, data, schedule, seed=seed, path=path)
@@ -116,9 +142,10 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     return Parts(
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
-        train_final=finalist if trains else None, measure=measure if attached else None,
+        train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
+        proxies=proxies if trains else None, measure=measure if attached else None,
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
-        facts=_facts(table, data, stale=staleness(table) if settings.allow_stale else []),
+        facts=_facts(settings, table, data, stale=staleness(table) if settings.allow_stale else []),
     )  # fmt: skip
 
 
@@ -146,7 +173,7 @@ def _loaded(name: str) -> ImageData:
 
 
 def _data(settings: StudySettings) -> ImageData | None:
-    return None if settings.data is None or settings.accuracy in ("params", "macs") else _loaded(settings.data)
+    return None if settings.data is None or settings.stand_in else _loaded(settings.data)
 
 
 def _copy_table(table: LatencyTable, path: Path) -> None:
@@ -156,7 +183,7 @@ def _copy_table(table: LatencyTable, path: Path) -> None:
     shutil.rmtree(staging)
 
 
-def _facts(table: LatencyTable, data: ImageData | None, *, stale: list[str]) -> dict[str, Any]:
+def _facts(settings: StudySettings, table: LatencyTable, data: ImageData | None, *, stale: list[str]) -> dict[str, Any]:
     """What study.yaml states beside the settings. `stale`: in what the table does not fit this machine."""
     facts: dict[str, Any] = {
         "device_name": table.context.device_name,
@@ -165,6 +192,8 @@ def _facts(table: LatencyTable, data: ImageData | None, *, stale: list[str]) -> 
             "versions": dict(table.context.versions), **({"stale": stale} if stale else {}),
         },
     }  # fmt: skip
+    if settings.accuracy == "published":
+        facts["prior"] = {**dataclasses.asdict(leave_one_out()), "relatives_rmse_points": RELATIVES_RMSE_POINTS}
     if data is not None:
         facts["data_hash"] = data.data_hash
         facts["images"] = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}

@@ -39,7 +39,7 @@ FINAL_SEED_STREAM = 1_000_003
 
 COLUMNS = (
     "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source", "score",
-    "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit", "macs", "params",
+    "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit", "macs", "params",
     "resolution_px", "on_front", "weights", "estimated_accuracy", "n_seeds",
 )  # fmt: skip
 
@@ -221,7 +221,7 @@ def write_finals(
     describe: Callable[[Sequence[Arch]], None],
 ) -> list[dict[str, Any]]:
     """Write finalists.csv, front.csv and models/<arch_id>/ from the trainings and measurements on disk; returns the finalists' rows."""
-    trained = parts.train_final is not None and settings.accuracy not in ("params", "macs")
+    trained = parts.train_final is not None and not settings.stand_in
     scores = {f.arch_id: _scores(folder, f.arch_id, plan.seeds) if trained else [] for f in plan.finalists}
     seed_std, seed_std_origin = _seed_spread(plan, scores)
     estimator = Estimator(parts.space, parts.latency)
@@ -288,10 +288,10 @@ def _seed_spread(plan: FinalPlan, scores: Mapping[str, Sequence[FinalScore]]) ->
 
 
 def _on_front(settings: StudySettings, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """By validation accuracy (or proxy) and latency as measured; the test split chooses nothing."""
+    """By validation accuracy (or what stands in for it) and latency as measured; the test split chooses nothing."""
     if not rows:
         return np.zeros(0, dtype=bool)
-    accuracy = "score" if settings.accuracy in ("params", "macs") else "val_accuracy"
+    accuracy = "score" if settings.stand_in else "val_accuracy"
     values: dict[Metric, np.ndarray] = {
         m: np.array([row.get(accuracy if m == "accuracy" else m, math.nan) for row in rows], dtype=float)
         for m in settings.objectives.metrics

@@ -25,8 +25,8 @@ from lowsearch.latency.profile import usable_table
 from lowsearch.latency.table import LatencyTable
 from lowsearch.latency.target import Target, resolve_device, resolve_target
 from lowsearch.search.estimates import AccuracyModel
-from lowsearch.search.parts import ProxyAccuracy
-from lowsearch.search.settings import StudySettings, stored_settings
+from lowsearch.search.parts import stand_in_of
+from lowsearch.search.settings import STAND_INS, StudySettings, stored_settings
 from lowsearch.space import SearchSpace
 
 SPACE_FILE = "space.yaml"
@@ -80,8 +80,9 @@ def of_study(folder: Path, settings: StudySettings | None = None) -> Knowledge:
     space = space.with_num_classes(_num_classes(folder, space))
     stored = folder / TABLE_FILE
     known = _known(space, LatencyTable.load(stored)) if stored.exists() else on_target(space, target_of(settings))
-    if settings.accuracy in ("params", "macs"):
-        return dataclasses.replace(known, score=ProxyAccuracy(space, settings.accuracy), score_source=f"proxy:{settings.accuracy}")
+    stand_in = stand_in_of(settings, space)
+    if stand_in is not None and settings.accuracy is not None:
+        return dataclasses.replace(known, score=stand_in, score_source=STAND_INS[settings.accuracy])
     records = sorted(AccuracyRecords(folder / "records.jsonl"), key=lambda record: (record.arch_id, record.rung))
     return dataclasses.replace(known, score=AccuracyPredictor(space).fit(records), score_source="estimated") if records else known
 

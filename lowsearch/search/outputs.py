@@ -28,7 +28,7 @@ from lowsearch.space import SearchSpace
 
 CANDIDATE_COLUMNS = (
     "number", "arch_id", "name", "origin", "genome", "state", "reason", "rung", "val_accuracy", "accuracy_std", "accuracy_source",
-    "score", "latency_ms", "latency_std_ms", "latency_source", "macs", "params", "resolution_px", "elapsed_s",
+    "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "macs", "params", "resolution_px", "elapsed_s",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
     "arch_id", "origin", "val_accuracy", "accuracy_std", "accuracy_source", "latency_ms", "latency_std_ms", "latency_source", "macs",
@@ -129,9 +129,9 @@ class StudyFiles:
 
 
 def accuracy_columns(settings: StudySettings, accuracy: float, std: float, rung: float) -> dict[str, Any]:
-    """The columns that say what is known of a candidate's accuracy. A proxy is a score, never an accuracy."""
-    if settings.accuracy in ("params", "macs"):
-        return {"score": accuracy, "accuracy_source": f"proxy:{settings.accuracy}"}
+    """The columns that say what is known of a candidate's accuracy. What stands in for it is a score, never an accuracy."""
+    if settings.stand_in:
+        return {"score": accuracy, "score_std": std, "accuracy_source": settings.stand_in}
     source = "trained" if rung >= 1 else "estimated"
     return {"val_accuracy": min(max(accuracy, 0.0), 1.0), "accuracy_std": std, "accuracy_source": source}
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from lowsearch.arch import Arch, Block
-from lowsearch.search.estimates import AccuracyModel, LatencyModel
+from lowsearch.search.estimates import AccuracyModel, Estimator, LatencyModel
+from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
 
 Progress = Callable[[int, int, str], None]
@@ -49,8 +51,8 @@ class Training(Protocol):
     @property
     def rungs(self) -> Sequence[float]: ...
 
-    def run(self, arch: Arch, rung: float) -> Record:
-        """Train on from the rung below; a rung that is recorded already is returned at once."""
+    def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> Record:
+        """Train on from the rung below; a rung that is recorded already is returned at once. `progress` hears the fraction done."""
         ...
 
     def discard(self, arch: Arch) -> None:
@@ -115,20 +117,47 @@ class Parts:
     """Measures networks in fresh processes, interleaved; None where the device is not attached."""
     anchors: Sequence[tuple[Arch, float]] = ()
     """Some networks of the latency table and their latency_ms there: measured again, they tell the pace of the machine."""
+    held_out: Callable[[int], Training] | None = None
+    """Opens a ladder of one rung, the whole schedule, with a seed: trainings that no predictor may learn from."""
+    held_out_records: Callable[[], Sequence[Record]] = tuple
+    """What `held_out` has trained so far, in the order it was trained."""
+    proxies: Callable[[Sequence[Arch], Progress | None], Mapping[str, np.ndarray]] | None = None
+    """Training-free scores of networks on a batch of the study's images, (n,) by name."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What study.yaml states beside the settings: the device's name, versions, hashes, sizes."""
 
 
+class StandIn(AccuracyModel, Protocol):
+    """What stands in for accuracy in a study that trains nothing: `predict` gives a score, never called accuracy in any output."""
+
+    @property
+    def margin(self) -> float:
+        """How far below the family's lowest score hypervolume is counted from."""
+        ...
+
+    def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """By how much each genome of `after` (n, n_genes) scores more than `before` (n_genes,): mean (n,), standard deviation (n,)."""
+        ...
+
+
+def stand_in_of(settings: StudySettings, space: SearchSpace) -> StandIn | None:
+    """What stands in for accuracy in a study with `settings`; None where networks are trained."""
+    if settings.accuracy == "published":
+        from lowsearch.accuracy.prior import PublishedPrior
+
+        return PublishedPrior(space)
+    return ProxyAccuracy(space, settings.accuracy) if settings.accuracy in ("params", "macs") else None
+
+
 @dataclass(frozen=True)
 class ProxyAccuracy:
-    """MACs or parameters in place of accuracy, as log10: certain, never called accuracy in any output."""
+    """MACs or parameters in place of accuracy, as log10 and certain."""
 
     space: SearchSpace
     metric: Literal["macs", "params"]
+    margin: float = math.log10(1 / 0.9)
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        from lowsearch.search.estimates import Estimator
-
         score = np.log10(Estimator(self.space, None).estimate(genomes).mean[self.metric])
         return score, np.zeros(len(genomes))
 

@@ -14,7 +14,9 @@ from lowsearch.errors import StudyError, UsageError
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 from lowsearch.search.samplers import SAMPLERS
 
-AccuracyKind = Literal["trained", "params", "macs"]
+AccuracyKind = Literal["trained", "params", "macs", "published"]
+STAND_INS = {"params": "proxy:params", "macs": "proxy:macs", "published": "prior:published"}
+"""What may stand in for accuracy where nothing is trained, and the `accuracy_source` that every file then states."""
 
 DEFAULT_BUDGET_S = 480.0
 DEFAULT_DATA = "fashion-mnist-mini"
@@ -50,7 +52,7 @@ class StudySettings:
     recipe: str | None = None
     """Training recipe by name; None for the one made for the data."""
     accuracy: AccuracyKind | None = None
-    """`trained`, or a proxy that needs no training; None for `trained` where the data suit the space."""
+    """`trained`, or what stands in for it: a proxy or the published trend; None for `trained`, where the data suit the space."""
     final_seeds: int | None = None
     """Fresh trainings of every finalist; None for 1, or 2 where the budget allows."""
     allow_stale: bool = False
@@ -71,8 +73,13 @@ class StudySettings:
                 )
         if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
             raise UsageError(f"budget is {self.budget_s!r} seconds, expected more than 0", hint="--budget 8m")
-        if self.accuracy in ("params", "macs") and any(limit.metric == "accuracy" for limit in self.limits):
-            raise UsageError(f"accuracy has a limit, but --accuracy {self.accuracy} measures none", hint="drop the limit or the proxy")
+        if self.stand_in and any(limit.metric == "accuracy" for limit in self.limits):
+            raise UsageError(f"accuracy has a limit, but --accuracy {self.accuracy} measures none", hint="drop the limit or --accuracy")
+
+    @property
+    def stand_in(self) -> str:
+        """`accuracy_source` of what stands in for accuracy; empty where networks are trained."""
+        return STAND_INS.get(self.accuracy or "", "")
 
     @property
     def objectives(self) -> Objectives:

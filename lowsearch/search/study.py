@@ -31,18 +31,20 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lowsearch import errors
+from lowsearch.accuracy.agreement import agreement
 from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.estimates import Estimator, excess, reference_values
 from lowsearch.search.feasible import all_to_try, check_limits
+from lowsearch.search.gate import forecast_agreement, why_steering_ended
 from lowsearch.search.outputs import StudyFiles, decode
-from lowsearch.search.parts import Parts, Progress
+from lowsearch.search.parts import Parts, Progress, stand_in_of
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.shortlist import Measurements, write_shortlist
 from lowsearch.search.storage import Candidate, candidates, enqueue, is_exhausted, n_proposals, open_study, reclaim
-from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan, proxy_of
+from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +146,12 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
     check_limits(estimator, settings.limits)
     if settings.sampler == "exhaustive":
         all_to_try(estimator, settings.limits)
-    proxy = proxy_of(settings, parts)
+    stand_in = stand_in_of(settings, parts.space)
     reference = reference_values(estimator, chance_accuracy=parts.chance_accuracy)
-    if proxy is not None:  # The score is log10 of the proxy: counted from 0.9 times the family's smallest.
+    if stand_in is not None:
         family = [parts.space.encode(arch) for arch in parts.space.family.values()]
         genomes = np.stack(family) if family else parts.space.sample(300, rng=np.random.default_rng(0))
-        reference["accuracy"] = float(proxy.predict(genomes)[0].min() + math.log10(0.9))
+        reference["accuracy"] = float(stand_in.predict(genomes)[0].min() - stand_in.margin)
     sample = estimator.estimate(parts.space.sample(2000, rng=np.random.default_rng(settings.seed)))
     second = settings.objectives.members[1]
     costs = second.cost(sample.mean[second.metric])[excess(sample, settings.limits) == 0]
@@ -305,6 +307,7 @@ class _Run:
         self._workers: list[_Worker] = []
         self._refreshed = -math.inf
         self._hypervolume = 0.0
+        self._said = False
 
     # Search ------------------------------------------------------------------------------------------------------------
 
@@ -404,6 +407,9 @@ class _Run:
         found = candidates(self._study, self._parts.space)
         self._hypervolume = self._files.refresh(found)
         self._report(found)
+        if not self._said and (why := why_steering_ended(self._folder)):
+            log.warning("%s", why)
+            self._said = True
 
     def _report(self, found: Sequence[Candidate]) -> None:
         if self._progress is None:
@@ -428,12 +434,11 @@ class _Run:
             schedule_cpu_s=self._schedule_cpu_s(), progress=self._progress,
         )  # fmt: skip
         self._files.describe(f.arch for f in plan.finalists)
-        if self._parts.train_final is not None and settings.accuracy not in ("params", "macs"):
+        if self._parts.train_final is not None and not settings.stand_in:
             self._train(plan)
         self._clock.tick()
         rows = finalists.write_finals(self._folder, settings, self._parts, plan, measured, describe=self._files.describe)
-        proxy = proxy_of(settings, self._parts)
-        self._files.write_sample(None if proxy else self._parts.fit(self._parts.records()))
+        self._files.write_sample(None if settings.stand_in else self._parts.fit(self._parts.records()))
         self._hypervolume = self._files.refresh(found)
         self._clock.tick(now=True)
         summary = self._summary(found, rows, measured)
@@ -447,7 +452,7 @@ class _Run:
         """The candidates with what is estimated of them now: the first were scored when little was known."""
         records = self._parts.records()
         scorer = self._parts.fit(records)
-        if scorer is None or proxy_of(self._plan.settings, self._parts) is not None:
+        if scorer is None or self._plan.settings.stand_in:
             return list(found)
         latest = {record.arch_id: record for record in sorted(records, key=lambda r: r.rung)}
         anew = []
@@ -494,6 +499,8 @@ class _Run:
             "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),
             "pace": None if math.isnan(measured.pace) else measured.pace,
             "ladder": self._ladder_check(),
+            "forecast": dataclasses.asdict(forecast_agreement(self._parts.records(), self._parts.fit)),
+            "steering_ended": why_steering_ended(self._folder),
             "spent_s": dict(self._clock.spent_s),
         }
 
@@ -503,14 +510,8 @@ class _Run:
         for record in self._parts.records():
             by_rung.setdefault(record.arch_id, {})[record.rung] = record.val_accuracy
         pairs = [(rungs[min(rungs)], rungs[1.0]) for rungs in by_rung.values() if 1.0 in rungs and min(rungs) < 1.0]
-        if len(pairs) < 3:
-            return {"pairs": len(pairs)}
-        from scipy.stats import kendalltau, spearmanr  # Half a second that only the end of a study needs.
-
-        first, last = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        with np.errstate(invalid="ignore"):
-            spearman, kendall = spearmanr(first, last), kendalltau(first, last)
-        return {"pairs": len(pairs), "spearman": float(spearman[0]), "kendall": float(kendall[0])}  # type: ignore[arg-type]
+        found = agreement([low for low, _ in pairs], [full for _, full in pairs])
+        return {"pairs": len(pairs), "spearman": found.spearman, "kendall": found.kendall}
 
 
 def _user_error(said: str, worker: _Worker) -> LowsearchError:

@@ -34,8 +34,9 @@ from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.search.assembly import build_parts
 from lowsearch.search.estimates import AccuracyModel, Estimator, excess
 from lowsearch.search.feasible import networks_within
+from lowsearch.search.gate import SteeringGate
 from lowsearch.search.objectives import Metric
-from lowsearch.search.parts import Parts, ProxyAccuracy, Record, Scorer
+from lowsearch.search.parts import Parts, Record, Scorer, stand_in_of
 from lowsearch.search.promotion import may_go_on
 from lowsearch.search.sampler import NothingLeftError, suggest_genome
 from lowsearch.search.samplers import SAMPLERS, Task
@@ -100,11 +101,15 @@ class SearchWorker:
         self._all = networks_within(self._estimator, plan.settings.limits)
         self._objectives = plan.settings.objectives
         self._reference = plan.reference_costs
-        self._proxy = proxy_of(plan.settings, parts)
+        self._stand_in = stand_in_of(plan.settings, parts.space)
         asked = self._objectives.metrics + tuple(limit.metric for limit in plan.settings.limits)
-        self._training = parts.training() if "accuracy" in asked and self._proxy is None and parts.training else None
+        self._training = parts.training() if "accuracy" in asked and self._stand_in is None and parts.training else None
         self._study = open_study(folder, self._objectives)
-        self._study.sampler = self._sampler()
+        self._study.sampler = self._sampler(plan.settings.sampler)
+        steered = plan.settings.sampler == "lowsearch" and self._training is not None and self._objectives.metrics[0] == "accuracy"
+        self._gate = SteeringGate(folder, parts.fit) if steered else None
+        if self._gate is not None and self._gate.ended:  # Before an interruption.
+            self._study.sampler = self._sampler("random")
         self._pruned_in_a_row = 0
 
     def run(self) -> None:
@@ -114,6 +119,7 @@ class SearchWorker:
             try:
                 if self._enough():
                     return
+                self._judge_steering()
                 self._study.optimize(self._objective, n_trials=1, callbacks=[self._tidy, self._count_pruned])
             except NothingLeftError:
                 if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -122,6 +128,16 @@ class SearchWorker:
                 return
             finally:
                 self._lock.release(force=True)
+
+    def _judge_steering(self) -> None:
+        if self._gate is not None and not self._is_random:
+            self._gate.judge(self._parts.records(), n_trials=len(self._study.get_trials(deepcopy=False)))
+            if self._gate.ended:
+                self._study.sampler = self._sampler("random")
+
+    @property
+    def _is_random(self) -> bool:
+        return self._plan.settings.sampler == "random" or (self._gate is not None and self._gate.ended)
 
     def _enough(self) -> bool:
         """Whether nothing is waiting and the sampler has proposed all it may, or all there is."""
@@ -150,7 +166,7 @@ class SearchWorker:
         try:
             trial.set_user_attr("worker", self._name)
             if "origin" not in trial.user_attrs:
-                trial.set_user_attr("origin", "random" if self._plan.settings.sampler == "random" else "proposed")
+                trial.set_user_attr("origin", "random" if self._is_random else "proposed")
             genome = suggest_genome(trial, self._parts.space)
             reason = self._refusal(trial, genome)
             self._lock.release(force=True)
@@ -191,9 +207,9 @@ class SearchWorker:
         allowed = excess(self._estimator.estimate(genomes), self._plan.settings.limits) == 0
         return allowed & np.array([genome.tobytes() not in tried for genome in genomes], dtype=bool)
 
-    def _sampler(self) -> BaseSampler:
+    def _sampler(self, name: str) -> BaseSampler:
         settings = self._plan.settings
-        return SAMPLERS[settings.sampler](
+        return SAMPLERS[name](
             Task(
                 space=self._parts.space, latency=self._parts.latency, accuracy=self._newest_model, objectives=self._objectives,
                 limits=settings.limits, reference=self._plan.reference, seed=settings.seed, acceptable=self._acceptable,
@@ -201,15 +217,16 @@ class SearchWorker:
         )  # fmt: skip
 
     def _newest_model(self) -> AccuracyModel | None:
-        if self._proxy is not None:
-            return self._proxy
+        if self._stand_in is not None:
+            return self._stand_in
         return self._parts.fit(self._parts.records()) if self._training is not None else None
 
     # Training ----------------------------------------------------------------------------------------------------------
 
     def _score(self, arch: Arch, genome: np.ndarray, *, family: bool) -> Score:
-        if self._proxy is not None:
-            return Score(accuracy=float(self._proxy.predict(genome[None])[0][0]), accuracy_std=0.0, rung=0.0)
+        if self._stand_in is not None:
+            mean, std = self._stand_in.predict(genome[None])
+            return Score(accuracy=float(mean[0]), accuracy_std=float(std[0]), rung=0.0)
         if self._training is None:
             return Score(accuracy=None, accuracy_std=None, rung=0.0)
         score = None
@@ -228,6 +245,8 @@ class SearchWorker:
     def _may_go_on(self, record: Record, records: Sequence[Record], scorer: Scorer | None) -> bool:
         if self._objectives.metrics[0] != "accuracy":
             return False  # A limit on accuracy alone: the first rung tells whether it is out of reach.
+        if self._gate is not None and self._gate.ended:
+            return True  # What is left to believe is a full training.
         latest: dict[str, Record] = {}
         for other in records:
             if other.arch_id not in latest or other.rung > latest[other.arch_id].rung:
@@ -251,7 +270,7 @@ class Score:
     """What a candidate's training says about it."""
 
     accuracy: float | None
-    """Estimated accuracy after the full schedule, or the proxy; None where neither was asked for."""
+    """Estimated accuracy after the full schedule, or what stands in for it; None where neither was asked for."""
     accuracy_std: float | None
     rung: float
     """Fraction of the full schedule that was trained."""
@@ -261,11 +280,6 @@ class Score:
 
 def _counts_as_tried(candidate: Candidate) -> bool:
     return candidate.state != "pruned" and (candidate.state != "failed" or bool(candidate.reason))  # Without: being retried.
-
-
-def proxy_of(settings: StudySettings, parts: Parts) -> ProxyAccuracy | None:
-    """The proxy that stands for accuracy in a study that trains nothing."""
-    return ProxyAccuracy(parts.space, settings.accuracy) if settings.accuracy in ("params", "macs") else None
 
 
 def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Parts] = build_parts) -> int:

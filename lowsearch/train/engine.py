@@ -124,6 +124,11 @@ def evaluate(model: nn.Module, split: Split, resolution_px: int) -> float:
     return _score(model, _resized(split.images, resolution_px), _as_tensor(split.labels))[0]
 
 
+def network_input(images: np.ndarray, resolution_px: int) -> Tensor:
+    """uint8 `images` (n, side, side, 3) as a network of `resolution_px` sees them, (n, 3, resolution_px, resolution_px)."""
+    return _normalised(_resized(images, resolution_px))
+
+
 class _Run:
     """A training under way: the network, its optimizer, and where it stands."""
 

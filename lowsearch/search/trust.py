@@ -1,0 +1,207 @@
+"""How far a study's accuracy predictor can be trusted: its forecasts against trainings of networks that it never saw.
+
+The search trains what looks good, and a predictor judged on those is judged on its own choice. So random members of the space, spread
+evenly over predicted latency, are trained on the whole schedule and kept apart in trust.jsonl: the held-out set. Made once, it is read
+ever after; asked for more networks or seeds, it grows. The predictor learns from the study's records alone. Params, MACs and the
+training-free proxies rank the same networks beside it, because a predictor that they beat has nothing to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lowsearch.accuracy.agreement import Agreement, agreement
+from lowsearch.arch import Arch
+from lowsearch.errors import StudyError
+from lowsearch.files import write_atomically
+from lowsearch.search.assembly import build_parts
+from lowsearch.search.estimates import Estimator, excess
+from lowsearch.search.parts import Parts, Progress, Record
+from lowsearch.search.settings import StudySettings
+from lowsearch.search.worker import Plan
+from lowsearch.space import SearchSpace
+
+Verdict = Literal["trusted", "weak", "not trusted"]
+TRUST = "trust.json"
+PREDICTOR = "accuracy predictor"
+TRUSTED_ABOVE = 0.2
+"""Lower end of the 95 % interval of Spearman from which on a ranking is more than luck; `gate.HOPELESS` for the upper end."""
+MIN_NETWORKS = 5
+N_BANDS = 3
+MIN_IN_BAND = 8
+_POOL = 4000
+_STREAM = 1_000_033
+"""Keeps this module's random numbers apart from the study's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """How one signal ranks the held-out networks by their trained accuracy."""
+
+    name: str
+    band: str
+    """Latency band that the networks are from; empty for all of them."""
+    agreement: Agreement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """The outcome of the examination."""
+
+    verdict: Verdict
+    reason: str
+    n_networks: int
+    n_seeds: int
+    n_records: int
+    """Networks of the study that the predictor learned from."""
+    coverage: float
+    """Share of the trained accuracies within the predictor's 90 % intervals."""
+    signals: tuple[Signal, ...]
+    """The predictor's first, then the others over all networks, then those within bands."""
+    networks: tuple[Mapping[str, Any], ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The signals as flat rows."""
+        return [{"signal": s.name, "band": s.band, **dataclasses.asdict(s.agreement)} for s in self.signals]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in trust.json."""
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "signals": self.rows()}
+
+
+def trust(
+    folder: Path,
+    *,
+    n_networks: int = 12,
+    n_seeds: int = 1,
+    progress: Progress | None = None,
+    parts: Callable[[Path, StudySettings], Parts] = build_parts,
+) -> Trust:
+    """Examine the predictor of the study in `folder`, training what the held-out set lacks (resumably), and write trust.json there.
+
+    Raises StudyError where the study trains nothing, or has trained too little to predict.
+    """
+    plan = Plan.read(folder)
+    made = parts(folder, plan.settings)
+    if made.held_out is None or made.proxies is None or plan.settings.stand_in:
+        raise StudyError(
+            f"study {folder.name!r} trains nothing, so there is no accuracy to compare a predictor with",
+            hint="a study with --data FOLDER and no --accuracy trains",
+        )
+    archs = held_out_networks(made, plan, n_networks)
+    seeds = [int(np.random.default_rng([plan.settings.seed, _STREAM, k]).integers(2**31)) for k in range(n_seeds)]
+    by_arch = _train(made, archs, seeds, progress)
+    held_out = {arch.arch_id for arch in archs}
+    records = [r for r in made.records() if r.arch_id not in held_out]
+    scorer = made.fit(records)
+    if scorer is None:
+        raise StudyError(f"study {folder.name!r} has no trainings yet", hint=f"lowsearch run --study {folder.name}")
+
+    genomes = np.stack([made.space.encode(arch) for arch in archs])
+    mean, std = map(np.asarray, getattr(scorer, "predict_exact", scorer.predict)(genomes))
+    accuracy = np.array([np.mean([r.val_accuracy for r in by_arch[arch.arch_id]]) for arch in archs])
+    known = Estimator(made.space, made.latency).estimate(genomes).mean
+    scores = {PREDICTOR: mean, "params": known["params"], "MACs": known["macs"], **made.proxies(archs, progress)}
+    signals = [Signal(name=name, band="", agreement=agreement(values, accuracy)) for name, values in scores.items()]
+    if all(len(by_arch[arch.arch_id]) > 1 for arch in archs):
+        first, second = (np.array([by_arch[arch.arch_id][k].val_accuracy for arch in archs]) for k in (0, 1))
+        signals.append(Signal(name="one seed for another: the ceiling", band="", agreement=agreement(first, second)))
+    signals += _in_bands({name: scores[name] for name in (PREDICTOR, "params", "MACs")}, accuracy, known["latency_ms"])
+    decided, reason = verdict_of(signals)
+    result = Trust(
+        verdict=decided, reason=reason, n_networks=len(archs), n_seeds=min(len(found) for found in by_arch.values()),
+        n_records=len({r.arch_id for r in records}), coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
+        signals=tuple(signals),
+        networks=tuple(
+            {"arch_id": arch.arch_id, "latency_ms": float(known["latency_ms"][i]), "predicted_accuracy": float(mean[i]),
+             "predicted_accuracy_std": float(std[i]), "val_accuracy": [r.val_accuracy for r in by_arch[arch.arch_id]]}
+            for i, arch in enumerate(archs)
+        ),
+    )  # fmt: skip
+    write_atomically(folder / TRUST, json.dumps(result.to_dict(), indent=1) + "\n")
+    return result
+
+
+def verdict_of(signals: Sequence[Signal]) -> tuple[Verdict, str]:
+    """The verdict, and why.
+
+    `not trusted`: the 95 % interval of the predictor's Spearman reaches 0 or below, or there are too few networks for one. `trusted`:
+    its lower end is above TRUSTED_ABOVE, and neither params nor MACs rank better. `weak`: anything between.
+    """
+    whole = {s.name: s.agreement for s in signals if not s.band}
+    own = whole[PREDICTOR]
+    if own.spearman is None or own.low is None or own.low <= 0:
+        return "not trusted", "its ranking cannot be told from chance on these networks"
+    for name in ("params", "MACs"):
+        if (whole[name].spearman or 0.0) > own.spearman:
+            return "weak", f"{name} alone rank these networks better"
+    if own.low <= TRUSTED_ABOVE:
+        return "weak", f"its ranking may be as poor as Spearman {own.low:.2f}"
+    return "trusted", f"its ranking is at least Spearman {own.low:.2f}, and no worse than params or MACs"
+
+
+def held_out_networks(parts: Parts, plan: Plan, n: int) -> list[Arch]:
+    """The networks of the held-out set, in order of predicted latency: those trained already, and new ones where a stratum has none.
+
+    Strata are `n` equal shares of the random members of the space that the search could propose: within its limits, and no slower than
+    its reference point. What the study has trained is never chosen.
+    """
+    space, estimator = parts.space, Estimator(parts.space, parts.latency)
+    frozen = {r.arch_id: r.arch for r in parts.held_out_records()}
+    taken = {space.encode(r.arch).tobytes() for r in parts.records() if space.contains(r.arch)}
+    pool = np.unique(space.sample(_POOL, rng=np.random.default_rng([plan.settings.seed, _STREAM])), axis=0)
+    pool = pool[[genome.tobytes() not in taken for genome in pool]]
+    estimates = estimator.estimate(pool)
+    latency_ms = estimates.mean["latency_ms"]
+    allowed = excess(estimates, plan.settings.limits) == 0  # Without an accuracy model, accuracy limits do not count.
+    inside = allowed & (latency_ms < plan.reference["latency_ms"])
+    pool, latency_ms = pool[inside], latency_ms[inside]
+    if len(pool) < max(n, MIN_NETWORKS):
+        raise StudyError(f"only {len(pool)} of {_POOL} random networks keep the study's limits", hint="ask for fewer: --networks N")
+    pool, latency_ms = (values[np.argsort(latency_ms, kind="stable")] for values in (pool, latency_ms))
+    edges = np.linspace(0, len(pool), n + 1).astype(int)
+    served = set(np.searchsorted(latency_ms[edges[1:-1]], _latencies(estimator, space, frozen.values()), side="right").tolist())
+    empty = [i for i in range(n) if i not in served][: max(0, n - len(frozen))]  # A stratum more may be empty: records move the edges.
+    picks = [np.random.default_rng([plan.settings.seed, _STREAM, n, i]).integers(edges[i], edges[i + 1]) for i in empty]
+    archs = [*frozen.values(), *(space.decode(pool[pick]) for pick in picks)]
+    return [archs[i] for i in np.argsort(_latencies(estimator, space, archs), kind="stable")]
+
+
+def _latencies(estimator: Estimator, space: SearchSpace, archs: Any) -> np.ndarray:
+    genomes = [space.encode(arch) for arch in archs]
+    return estimator.estimate(np.stack(genomes)).mean["latency_ms"] if genomes else np.empty(0)
+
+
+def _train(parts: Parts, archs: Sequence[Arch], seeds: Sequence[int], progress: Progress | None) -> dict[str, list[Record]]:
+    """arch_id -> its trainings on the whole schedule, one a seed; what is on record is not trained again."""
+    assert parts.held_out is not None
+    found: dict[str, list[Record]] = {arch.arch_id: [] for arch in archs}
+    jobs = [(seed, arch) for seed in seeds for arch in archs]
+    for number, (seed, arch) in enumerate(jobs):
+
+        def tell(done: float, number: int = number) -> None:
+            if progress is not None:
+                progress(round(100 * (number + done)), 100 * len(jobs), f"train held-out network {number + 1} of {len(jobs)}")
+
+        ladder = parts.held_out(seed)
+        found[arch.arch_id].append(ladder.run(arch, 1.0, progress=tell))
+        ladder.discard(arch)
+    return found
+
+
+def _in_bands(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Signal]:
+    """The same within equal shares of latency, where there are networks enough: a front is decided among networks of like latency."""
+    if len(accuracy) < N_BANDS * MIN_IN_BAND:
+        return []
+    found = []
+    for band in np.array_split(np.argsort(latency_ms, kind="stable"), N_BANDS):
+        name = f"{latency_ms[band].min():.3g} to {latency_ms[band].max():.3g} ms"
+        found += [Signal(name=s, band=name, agreement=agreement(values[band], accuracy[band])) for s, values in scores.items()]
+    return found
