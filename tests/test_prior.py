@@ -78,11 +78,14 @@ def test_small_images_have_no_published_trend() -> None:
     assert resolve(StudySettings(space="lowformer", accuracy="published")).stand_in == "prior:published"
 
 
-def test_a_change_is_the_difference_of_two_scores_and_surer_than_their_errors_apart():
-    space = SearchSpace.load("lowformer")
-    prior = PublishedPrior(space)
-    genomes = space.sample(20, rng=np.random.default_rng(5))
-    mean, std = prior.changes(genomes[0], genomes[1:])
-    score, score_std = prior.predict(genomes)
+def test_a_change_is_the_difference_of_two_scores_with_the_error_that_both_do_not_share():
+    """Against draws of the trend's coefficients, each network deviating on its own."""
+    trend = Trend.fit(*published_points())
+    rng = np.random.default_rng(5)
+    features = rng.normal(0, 0.5, (4, 5))
+    mean, std = trend.changes(features[0], features[1:])
+    score, _ = trend.predict(features)
     assert np.allclose(mean, score[1:] - score[0])
-    assert (std <= np.hypot(score_std[1:], score_std[0]) + 1e-9).all()
+    draws = rng.multivariate_normal(trend.weights, trend.covariance, 200_000)
+    scores = draws[:, :1] + draws[:, 1:] @ features.T + rng.normal(0, 0.25, (len(draws), 4))
+    assert np.allclose((scores[:, 1:] - scores[:, :1]).std(axis=0), std, rtol=0.01)

@@ -135,7 +135,7 @@ class PublishedPrior:
         return self._trend.predict(self._features(genomes))
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """By how many points each genome of `after` (n, n_genes) scores more than `before` (n_genes,): mean (n,), standard deviation (n,)."""
+        """By how many points each genome of `after` (n, n_genes) beats `before` (n_genes,): mean (n,), standard deviation (n,)."""
         return self._trend.changes(self._features(before[None])[0], self._features(after))
 
     def _features(self, genomes: np.ndarray) -> np.ndarray:
