@@ -334,17 +334,22 @@ def compare(
         build_comparison(rows, str(target), out)
     if as_json:
         _print_json(
-            {"target": dataclasses.asdict(target), "networks": [{**dataclasses.asdict(r), "gmacs_per_s": r.gmacs_per_s} for r in rows]}
+            {
+                "target": dataclasses.asdict(target),
+                "networks": [{**dataclasses.asdict(r), "gmacs_per_s": r.gmacs_per_s, "verdict": r.verdict[0]} for r in rows],
+            }
         )
         return
     shown = [
         {
-            "network": r.name, "px": r.resolution_px, "latency_ms": r.latency_ms, "±": r.latency_std_ms, "source": "measured",
+            "network": r.name, "px": r.resolution_px, "latency_ms": r.latency_ms, "±": r.latency_std_ms, "verdict": r.verdict[0],
             "MMACs": r.macs / 1e6, "GMACs/s": r.gmacs_per_s, "Mparams": r.params / 1e6, "top1 % (published)": r.top1_percent,
         }
         for r in rows
     ]  # fmt: skip
-    _print_rows(f"On {target}", shown)
+    _print_rows(f"Measured on {target}", shown)
+    for advice in dict.fromkeys(r.verdict[1] for r in rows if r.verdict[1]):
+        _tell(f"not all are valid: {advice}")
     if out is not None:
         _tell(f"page: {out}")
 

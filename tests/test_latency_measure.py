@@ -18,6 +18,7 @@ from lowsearch.errors import DeviceError, ParityError
 from lowsearch.latency import measure
 from lowsearch.latency.measure import (
     BYTES_PER_STEP,
+    MAX_PROCESSES,
     Effort,
     Request,
     disputed,
@@ -28,7 +29,7 @@ from lowsearch.latency.measure import (
     steps,
 )
 from lowsearch.latency.target import Device, Target
-from lowsearch.latency.timing import Timing, latency_ms
+from lowsearch.latency.timing import Timing, latency_ms, verdict
 
 CPU = Device(slug="fake-cpu", kind="cpu", name="Fake")
 GPU = Device(slug="rtx3090", kind="cuda", name="Fake")
@@ -46,11 +47,11 @@ def true_ms(arch: Arch) -> float:
 
 
 def fake_launch(request: Request) -> Iterator[Timing]:
-    """Exact times; the second process is 10 % slower."""
+    """Exact times; the second process is 2 % slower."""
     for step in request.steps:
         for item in step:
             assert isinstance(item, Arch)
-            yield Timing(item=item, process=request.process, hot_ms=(true_ms(item) * (1 + 0.1 * request.process),) * request.effort.rounds)
+            yield Timing(item=item, process=request.process, hot_ms=(true_ms(item) * (1 + 0.02 * request.process),) * request.effort.rounds)
 
 
 def test_a_few_disturbed_rounds_do_not_move_the_statistic() -> None:
@@ -133,7 +134,7 @@ def test_networks_come_back_in_their_order_and_equal_ones_are_measured_once() ->
     assert [row.latency_ms for row in found] == pytest.approx([true_ms(arch) for arch in archs])
     assert len(measured) == 2 * 3 and done == [(i, 6) for i in range(1, 7)]
     assert all(len(row.samples_ms) == 2 and len(row.samples_ms[0]) == 3 for row in found)
-    assert found[0].latency_std_ms == pytest.approx(0.05 * found[0].latency_ms, rel=0.01)
+    assert found[0].latency_std_ms == pytest.approx(0.01 * found[0].latency_ms, rel=0.01)
 
 
 def test_no_network_is_no_work() -> None:
@@ -230,3 +231,39 @@ def test_a_networks_error_comes_from_its_processes() -> None:
     assert row.samples_ms == ((1.0,) * 3, (1.1,) * 3) and row.wall_over_cpu == 2
     assert row.latency_std_ms == pytest.approx(np.std([1.0, 1.1], ddof=1) / np.sqrt(2))
     assert network_latencies({network(8): timings[:1]})[network(8)].latency_std_ms == 0
+
+
+def test_what_differs_between_processes_is_timed_in_more_of_them_and_nothing_else() -> None:
+    archs = [network(width) for width in (8, 16, 24, 32, 40, 48)]
+    loose, hopeless = archs[1], archs[4]
+    asked: dict[Arch, list[int]] = {arch: [] for arch in archs}
+
+    def launch(request: Request) -> Iterator[Timing]:
+        for step in request.steps:
+            for item in step:
+                assert isinstance(item, Arch)
+                asked[item].append(request.process)
+                factor = {loose: (1.0, 1.1, 1.05, 1.05, 1.05), hopeless: (1.0, 2.0, 3.0, 1.0, 2.0)}.get(item, (1.0,) * 5)[request.process]
+                yield Timing(item=item, process=request.process, hot_ms=(true_ms(item) * factor,) * 3, step="0")
+
+    rows = dict(zip(archs, measure_networks(archs, TARGET, devices=[CPU], launch=launch), strict=True))
+    assert asked[loose][:3] == [0, 1, 2]
+    assert asked[hopeless] == [0, 1, 2, 3, 4], "the last process that there may be"
+    assert all(asked[arch] == [0, 1] for arch in archs if arch not in (loose, hopeless))
+    assert len(rows[hopeless].samples_ms) == MAX_PROCESSES
+    assert verdict(rows[hopeless].latency_std_ms / rows[hopeless].latency_ms)[0] == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("relative_std", "wall_over_cpu", "expected", "says"),
+    [
+        (0.0, 1.0, "valid", ""),
+        (0.02, 3.0, "valid", ""),
+        (0.05, 1.0, "noisy", "its clock"),
+        (0.05, 2.0, "noisy", "end it"),
+        (0.2, 1.0, "invalid", "again"),
+    ],
+)
+def test_no_latency_is_without_a_verdict(relative_std: float, wall_over_cpu: float, expected: str, says: str) -> None:
+    found, advice = verdict(relative_std, wall_over_cpu)
+    assert found == expected and says in advice

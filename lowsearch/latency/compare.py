@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.errors import UsageError
-from lowsearch.latency.measure import Effort, Launcher, Progress, Request, run_requests, steps
+from lowsearch.latency.measure import Effort, Launcher, Progress, time_until_tight
 from lowsearch.latency.pace import step_key, step_paces
 from lowsearch.latency.target import Device, Target, require_attached
-from lowsearch.latency.timing import Timing, TimmNetwork, latency_ms, standard_error_ms
+from lowsearch.latency.timing import Timing, TimmNetwork, Verdict, latency_ms, standard_error_ms, verdict
 from lowsearch.presets import PRESETS
 from lowsearch.published import TOP1_PERCENT
 
@@ -41,6 +39,11 @@ class ComparedNetwork:
     params: int
     top1_percent: float | None
     """Published ImageNet top-1 of the network of this name, whatever resolution it was published at; None where we know none."""
+
+    @property
+    def verdict(self) -> tuple[Verdict, str]:
+        """What the latency is worth, and what would make it better."""
+        return verdict(self.latency_std_ms / self.latency_ms, self.wall_over_cpu)
 
     @property
     def gmacs_per_s(self) -> float:
@@ -69,15 +72,7 @@ def compare(
     items = {name: _item(name, resolution_px) for name in dict.fromkeys(names)}
     counted = {name: _count(item) for name, item in items.items()}
     unique = list(dict.fromkeys(items.values()))
-    requests = [
-        Request(target=target, process=p, seed=seed + p, effort=effort, steps=steps(unique, rng=np.random.default_rng((seed, p))))
-        for p in range(effort.processes)
-    ]
-    found: dict[object, list[Timing]] = {item: [] for item in unique}
-    for done, timing in enumerate(run_requests(requests, device, launch=launch), start=1):
-        found[timing.item].append(timing)
-        if progress is not None:
-            progress(done, len(unique) * effort.processes, "networks")
+    found = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
     paces = step_paces([timing for timings in found.values() for timing in timings])
     rows = [_row(name, item, counted[name], found[item], paces) for name, item in items.items()]
     return sorted(rows, key=lambda row: row.latency_ms)

@@ -14,7 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,27 @@ from lowsearch.errors import DeviceError, LowsearchError
 from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.pace import StepKey, step_key, step_paces
 from lowsearch.latency.target import Device, Target, require_attached
-from lowsearch.latency.timing import Item, Layer, Network, NetworkLatency, Timing, TimmNetwork, item_from_dict, item_to_dict, latency_ms
+from lowsearch.latency.timing import (
+    Item,
+    Layer,
+    Network,
+    NetworkLatency,
+    Timing,
+    TimmNetwork,
+    item_from_dict,
+    item_to_dict,
+    latency_ms,
+    standard_error_ms,
+)
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
 
 BLOCKS_PER_STEP = 24
 DISPUTE = 0.1
+TIGHT = 0.02
+"""Relative standard error that whole networks are measured to, if that takes no more than MAX_PROCESSES."""
+MAX_PROCESSES = 5
 TIMM_BYTES = 100 << 20
 BYTES_PER_STEP = 400 << 20
 """Weights of the networks that are interleaved with each other; a runtime may hold them three times over."""
@@ -152,19 +166,56 @@ def measure_networks(
     device = require_attached(target, devices=devices)
     effort = effort or Effort(processes=processes, rounds=rounds, round_ms=40.0, max_samples=60)
     unique = list(dict.fromkeys(archs))
-    requests = []
-    for process in range(effort.processes):
-        groups = steps(unique, rng=np.random.default_rng((seed, process)))
-        requests.append(Request(target=target, process=process, seed=seed + process, effort=effort, steps=groups))
-    timings: dict[Arch, list[Timing]] = {arch: [] for arch in unique}
-    total = len(unique) * effort.processes
-    for done, timing in enumerate(run_requests(requests, device, launch=launch), start=1):
-        assert isinstance(timing.item, Arch)
-        timings[timing.item].append(timing)
-        if progress is not None:
-            progress(done, total, f"network {timing.item.arch_id}")
-    by_arch = network_latencies(timings)
+    timings = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
+    by_arch = network_latencies({arch: timings[arch] for arch in unique})
     return [by_arch[arch] for arch in archs]
+
+
+def time_until_tight(
+    items: Sequence[Item],
+    target: Target,
+    effort: Effort,
+    device: Device,
+    *,
+    seed: int = 0,
+    launch: Launcher | None = None,
+    progress: Progress | None = None,
+    label: str = "networks",
+) -> dict[Item, list[Timing]]:
+    """Time `items` in the processes of `effort`; then those whose standard error is above TIGHT in further ones, up to MAX_PROCESSES."""
+    timings: dict[Item, list[Timing]] = {item: [] for item in items}
+    total = done = 0
+
+    def run(wanted: Sequence[Item], processes: Iterable[int]) -> None:
+        nonlocal total, done
+        requests = [
+            Request(
+                target=target, process=process, seed=seed + process, effort=effort,
+                steps=steps(wanted, rng=np.random.default_rng((seed, process))),
+            )
+            for process in processes
+        ]  # fmt: skip
+        total += len(wanted) * len(requests)
+        for timing in run_requests(requests, device, launch=launch):
+            timings[timing.item].append(timing)
+            done += 1
+            if progress is not None:
+                progress(done, total, label)
+
+    run(items, range(effort.processes))
+    for process in range(effort.processes, MAX_PROCESSES if effort.processes > 1 else 0):
+        paces = step_paces([timing for found in timings.values() for timing in found])
+        loose = [item for item, found in timings.items() if _relative_std(found, paces) > TIGHT]
+        if not loose:
+            break
+        run(loose, [process])
+    return timings
+
+
+def _relative_std(timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[float]]) -> float:
+    """Standard error of the statistic as a share of it, at the usual pace of the machine."""
+    samples, at = [timing.hot_ms for timing in timings], [paces[step_key(timing)][0] for timing in timings]
+    return standard_error_ms(samples, at) / latency_ms(samples, at)
 
 
 def disputed(timings: Sequence[Timing]) -> bool:

@@ -128,6 +128,21 @@ def standard_error_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[flo
     return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
 
 
+Verdict = Literal["valid", "noisy", "invalid"]
+VALID, NOISY = 0.02, 0.08
+"""Relative standard errors up to which a latency is valid, and noisy; beyond, it is invalid."""
+_BUSY = 1.3
+
+
+def verdict(relative_std: float, wall_over_cpu: float = 1.0) -> tuple[Verdict, str]:
+    """What a measured latency is worth, and what would make it better; nothing where it is valid."""
+    if relative_std <= VALID:
+        return "valid", ""
+    busy = wall_over_cpu > _BUSY
+    why = "other work took the processor: end it" if busy else "the machine changed its speed: fix its clock, or wait"
+    return ("noisy" if relative_std <= NOISY else "invalid"), f"{why}, and measure again"
+
+
 def _all(paces: Sequence[float], samples_ms: Sequence[object]) -> Sequence[float]:
     """A pace for every process: the usual one where none is known."""
     return paces or [1.0] * len(samples_ms)
