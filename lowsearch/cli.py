@@ -906,11 +906,13 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
             f"({forecast['low']:.2f} to {forecast['high']:.2f}); on networks held out for it: lowsearch trust"
         )
     limit = summary["limit"]
-    if limit["limited"]:
+    if limit["broken"]:
         _tell(
             f"{limit['broken']} of {limit['limited']} shortlisted networks broke the latency limit when measured, "
             f"the worst by {100 * limit['worst_excess']:.1f} %; a network over it is trained only where none keeps it"
         )
+    elif limit["limited"]:
+        _tell(f"all {limit['limited']} shortlisted networks kept the latency limit when measured")
     pace = summary["pace"]
     if pace is not None and abs(pace - 1) >= 0.02:
         change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"
