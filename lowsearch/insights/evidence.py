@@ -16,6 +16,7 @@ from lowsearch.insights.claims import Claim
 from lowsearch.latency.timing import Item
 
 MARGIN = 0.05
+MIN_PAIRS = 30
 Verdict = Literal["confirmed", "refuted", "not decided"]
 
 
@@ -134,6 +135,16 @@ def verdict_of(sides: Sequence[int]) -> Verdict:
     if for_it >= 2 / 3 and against <= 1 / 6:
         return "confirmed"
     return "refuted" if against >= 2 / 3 and for_it <= 1 / 6 else "not decided"
+
+
+def rank_verdict(wrong: int, pairs: int) -> Verdict:
+    """Whether two quantities rank networks differently, from how many `pairs` differ clearly in both and how many of these are `wrong`.
+
+    From 5 % they do, below 1 % they do not; fewer than MIN_PAIRS decide nothing.
+    """
+    if pairs < MIN_PAIRS:
+        return "not decided"
+    return "confirmed" if wrong >= 0.05 * pairs else "refuted" if wrong < 0.01 * pairs else "not decided"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

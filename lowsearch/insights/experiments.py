@@ -15,6 +15,7 @@ from lowsearch import cost
 from lowsearch.arch import Arch, Attention, Block, ConvBranch, Head, Lowtention, Mlp, Projection, Stage
 from lowsearch.insights.claims import CLAIMS
 from lowsearch.insights.evidence import (
+    MARGIN,
     Finding,
     Latency,
     Plot,
@@ -25,6 +26,7 @@ from lowsearch.insights.evidence import (
     geometric_mean,
     misranked,
     rank_correlations,
+    rank_verdict,
     verdict_of,
 )
 from lowsearch.latency.timing import Layer, Network, TimmNetwork
@@ -69,8 +71,7 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
     macs, params = [c.macs for c in counts.values()], [c.params for c in counts.values()]
     ms = [latency.ms for latency in latencies.values()]
     wrong, pairs = misranked(macs, list(latencies.values()))
-    share = wrong / pairs if pairs else 0.0
-    verdict: Verdict = "confirmed" if share >= 0.05 else "refuted" if share < 0.01 else "not decided"
+    share = wrong / max(pairs, 1)
     (rho, tau), (rho_params, tau_params) = rank_correlations(macs, ms), rank_correlations(params, ms)
     rho_random, tau_random = rank_correlations([c.macs for c in random_counts], [latency.ms for latency in random_ms])
     rho_rp, tau_rp = rank_correlations([c.params for c in random_counts], [latency.ms for latency in random_ms])
@@ -110,7 +111,7 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
         ),
     ]  # fmt: skip
     plot = Plot(x_title="MMACs", y_title="latency, ms", series=series, log_x=True, log_y=True)
-    return Finding(claim=CLAIMS[1], verdict=verdict, evidence=evidence, rows=rows, plots=[plot])
+    return Finding(claim=CLAIMS[1], verdict=rank_verdict(wrong, pairs), evidence=evidence, rows=rows, plots=[plot])
 
 
 def _surprises(names: Sequence[str], macs: Sequence[int], ms: Sequence[float]) -> dict[str, str]:
@@ -376,8 +377,9 @@ def pure_convolution(times: Times) -> Finding:
     e2, b2 = PRESETS["lowformer_e2"], PRESETS["lowformer_b2"]
     ratio = Ratio.of(times.of(e2), times.of(b2))
     macs = cost.count(e2).macs / cost.count(b2).macs
-    side = ratio.side()
-    verdict: Verdict = "refuted" if side < 0 else "confirmed" if side > 0 or ratio.value + 2 * ratio.std > 1 else "not decided"
+    # "Not faster" needs no difference, but it needs to be known that there is none.
+    not_faster = ratio.value - 2 * ratio.std >= 1 - MARGIN
+    verdict: Verdict = "confirmed" if not_faster else "refuted" if ratio.side() < 0 else "not decided"
     rows = [{"network": name, "macs": cost.count(a).macs, **_as_row(times.of(a))} for name, a in (("E2", e2), ("B2", b2))]
     evidence = f"E2 takes {ratio} times B2's time with {macs:.2f} times its MACs."
     return Finding(claim=CLAIMS[11], verdict=verdict, evidence=evidence, rows=rows)
@@ -395,8 +397,6 @@ def batch_size(times: Times, count_timm: CountTimm) -> Finding:
     single = [times.of(network) for network in backbones.values()]
     large = [times.batched(network) for network in backbones.values()]
     wrong, pairs = misranked([latency.ms for latency in single], large)
-    share = wrong / pairs if pairs else 0.0
-    verdict: Verdict = "confirmed" if share >= 0.05 else "refuted" if share < 0.01 else "not decided"
     rho, tau = rank_correlations([a.ms for a in single], [b.ms for b in large])
     gains = [a.ms / (b.ms / times.batch) for a, b in zip(single, large, strict=True)]
     least, most = int(np.argmin(gains)), int(np.argmax(gains))
@@ -418,7 +418,7 @@ def batch_size(times: Times, count_timm: CountTimm) -> Finding:
         )
     ]
     plot = Plot(x_title="latency at batch 1, ms", y_title=f"gain per image at batch {times.batch}", series=series, log_x=True, line_y=1.0)
-    return Finding(claim=CLAIMS[12], verdict=verdict, evidence=evidence, rows=rows, plots=[plot])
+    return Finding(claim=CLAIMS[12], verdict=rank_verdict(wrong, pairs), evidence=evidence, rows=rows, plots=[plot])
 
 
 def groups_and_small_kernels(times: Times) -> Finding:
