@@ -76,8 +76,9 @@ class Ratio(NamedTuple):
 
     def side(self, line: float = 1.0) -> int:
         """1 where clearly above `line`, -1 where clearly below, else 0."""
-        reach = max(2 * self.std, MARGIN * line)
-        return (self.value > line + reach) - (self.value < line - reach)
+        # In logarithms, so that a ratio and its inverse are as clear as each other.
+        above, reach = math.log(self.value / line), max(2 * self.std / self.value, math.log1p(MARGIN))
+        return (above > reach) - (above < -reach)
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ± {self.std:.2f}"

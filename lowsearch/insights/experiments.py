@@ -7,6 +7,7 @@ Blocks and layers are compared at the shapes that the published networks have th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -378,7 +379,7 @@ def pure_convolution(times: Times) -> Finding:
     ratio = Ratio.of(times.of(e2), times.of(b2))
     macs = cost.count(e2).macs / cost.count(b2).macs
     # "Not faster" needs no difference, but it needs to be known that there is none.
-    not_faster = ratio.value - 2 * ratio.std >= 1 - MARGIN
+    not_faster = math.log(ratio.value) - 2 * ratio.std / ratio.value >= -math.log1p(MARGIN)
     verdict: Verdict = "confirmed" if not_faster else "refuted" if ratio.side() < 0 else "not decided"
     rows = [{"network": name, "macs": cost.count(a).macs, **_as_row(times.of(a))} for name, a in (("E2", e2), ("B2", b2))]
     evidence = f"E2 takes {ratio} times B2's time with {macs:.2f} times its MACs."
