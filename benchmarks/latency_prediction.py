@@ -33,6 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from lowsearch import cost
 from lowsearch.arch import BLOCK_TYPES, Arch
 from lowsearch.latency.measure import measure_networks
+from lowsearch.latency.pace import pace_since
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context
 from lowsearch.latency.table import LatencyTable, check_fits, find_table
@@ -71,7 +72,7 @@ def main() -> None:
         started = time.perf_counter()
         measured = measure_networks(
             [*archs, *(row.arch for row in table.anchors(space.name))], target,
-            processes=arguments.processes, seed=arguments.seed, progress=_print_progress,
+            processes=arguments.processes, seed=arguments.seed, progress=print_progress,
         )  # fmt: skip
         rows, anchors = measured[: len(archs)], measured[len(archs) :]
         context, seconds = dataclasses.asdict(here), round(time.perf_counter() - started, 1)
@@ -111,7 +112,7 @@ def held_out(space: SearchSpace, table: LatencyTable, n: int, *, seed: int) -> l
 def pace(table: LatencyTable, space: SearchSpace, anchors: Sequence[NetworkLatency]) -> float:
     """How much slower the machine was when `anchors` were measured than when the table was."""
     then_ms = {row.arch: row.latency_ms for row in table.calibration[space.name]}
-    return float(np.exp(np.median([np.log(row.latency_ms / then_ms[row.arch]) for row in anchors])))
+    return pace_since([row.latency_ms for row in anchors], [then_ms[row.arch] for row in anchors])
 
 
 def judge(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency], *, pace: float) -> dict[str, Any]:
@@ -237,7 +238,8 @@ def _network(values: dict[str, Any]) -> NetworkLatency:
     )  # fmt: skip
 
 
-def _print_progress(done: int, total: int, label: str) -> None:
+def print_progress(done: int, total: int, label: str) -> None:
+    """Every twentieth step."""
     if done % 20 == 0 or done == total:
         print(f"{done}/{total} {label}", flush=True)
 

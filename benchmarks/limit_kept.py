@@ -18,9 +18,11 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from latency_prediction import print_progress
 
 from lowsearch.arch import Arch
 from lowsearch.latency.measure import measure_networks
+from lowsearch.latency.pace import pace_since
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context
 from lowsearch.latency.table import check_fits, find_table
@@ -47,8 +49,8 @@ def main() -> None:
     chosen = choose(space, LatencyPredictor(space, table), arguments.networks, rng=np.random.default_rng(arguments.seed))
     anchors = table.anchors(space.name)
     archs = [*(arch for arch, _ in chosen), *(row.arch for row in anchors)]
-    measured = measure_networks(archs, target, processes=3, seed=arguments.seed, progress=_print_progress)
-    pace = float(np.median([m.latency_ms / row.latency_ms for m, row in zip(measured[len(chosen) :], anchors, strict=True)]))
+    measured = measure_networks(archs, target, processes=3, seed=arguments.seed, progress=print_progress)
+    pace = pace_since([m.latency_ms for m in measured[len(chosen) :]], [row.latency_ms for row in anchors])
     measured = measured[: len(chosen)]
     first, second = (np.array([latency_ms(m.samples_ms[k : k + 1], m.paces[k : k + 1]) for m in measured]) for k in (0, 1))
     floor = float(np.mean(np.abs(second / first - 1)))
@@ -85,11 +87,6 @@ def choose(space: SearchSpace, predictor: LatencyPredictor, n: int, *, rng: np.r
             best = int(np.argmax(np.where(kept, mean_ms, -np.inf)))
             chosen.setdefault(space.decode(members[best]), limit_ms)
     return list(chosen.items())
-
-
-def _print_progress(done: int, total: int, label: str) -> None:
-    if done % 50 == 0 or done == total:
-        print(f"{done}/{total} {label}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latency_prediction import print_progress
 
 from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.profile import current_context
@@ -41,7 +42,7 @@ def main() -> None:
     for name in ("lowformer-micro", "lowformer"):  # Half of each: from 0.1 to some ten milliseconds.
         space = SearchSpace.load(name)
         archs += [space.decode(g) for g in space.sample(arguments.networks // 2, rng=np.random.default_rng(arguments.seed))]
-    rows = measure_networks(archs, target, processes=PROCESSES, seed=arguments.seed, progress=_print_progress)
+    rows = measure_networks(archs, target, processes=PROCESSES, seed=arguments.seed, progress=print_progress)
     result: dict[str, Any] = {
         "command": f"python benchmarks/repeatability.py --runtime {target.runtime} --networks {len(archs)}",
         "context": dataclasses.asdict(here), "n_networks": len(rows), "processes": PROCESSES, "goals": GOALS,
@@ -63,11 +64,6 @@ def differences(rows: Sequence[NetworkLatency], *, at_pace: bool) -> dict[str, f
     pairs = itertools.combinations(range(PROCESSES), 2)
     found = np.array([np.abs(per_process[:, a] / per_process[:, b] - 1) for a, b in pairs])
     return {"median": float(np.median(found)), "p95": float(np.percentile(found, 95)), "worst": float(found.max())}
-
-
-def _print_progress(done: int, total: int, label: str) -> None:
-    if done % 50 == 0 or done == total:
-        print(f"{done}/{total} {label}", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,18 +43,7 @@ from lowsearch.latency.timers import CpuTimer
 from lowsearch.latency.timing import Item, Timing
 from lowsearch.space import SearchSpace
 
-SPACE = SearchSpace.from_yaml("""
-name: tiny
-num_classes: 10
-input: [{resolution_px: 32, stem_stride: 1}]
-stem: {width: [8, 16]}
-stages:
-  - {width: [8], down_expansion: [2]}
-  - {width: [16], down_expansion: [2]}
-  - {width: [16, 32], depth: [1, 2], down_expansion: [2], attention: {enabled: [true, false], stride: [2]}, mlp_ratio: [2, 0]}
-  - {width: [32], down_expansion: [2]}
-head_widths: [[32, 32]]
-""")
+SPACE = SearchSpace.from_yaml(Path(__file__).with_name("tiny_blocks.yaml").read_text())
 TARGET = Target("some-board", "onnxruntime")
 QUICK = Effort(rounds=2, warmups=1, sample_ms=0.05, round_ms=0.2, turns_ms=5.0, min_turns=2, max_turns=5, cold_samples=1)
 SETTINGS: dict[str, Any] = {"n_networks": 4, "effort": QUICK, "network_effort": dataclasses.replace(QUICK, processes=1)}

@@ -28,18 +28,7 @@ from lowsearch.latency.timing import Item, Timing
 from lowsearch.latency.worker import Bench, serve
 from lowsearch.space import SearchSpace
 
-TINY = """
-name: tiny
-num_classes: 10
-input: [{resolution_px: 32, stem_stride: 1}]
-stem: {width: [8, 16]}
-stages:
-  - {width: [8], down_expansion: [2]}
-  - {width: [16], down_expansion: [2]}
-  - {width: [16, 32], depth: [1, 2], down_expansion: [2], attention: {enabled: [true, false], stride: [2]}, mlp_ratio: [2, 0]}
-  - {width: [32], down_expansion: [2]}
-head_widths: [[32, 32]]
-"""
+TINY = Path(__file__).with_name("tiny_blocks.yaml").read_text()
 SPACE = SearchSpace.from_yaml(TINY)
 OTHER = SearchSpace.from_yaml(
     TINY.replace("name: tiny", "name: other").replace("head_widths: [[32, 32]]", "head_widths: [[32, 32], [64, 64]]")

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from lowsearch.accuracy.agreement import agreement
 from lowsearch.insights.claims import Claim
 from lowsearch.latency.timing import Item
 
@@ -155,11 +156,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def rank_correlations(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Spearman's rho and Kendall's tau; NaN where all of one side are equal."""
-    from scipy.stats import kendalltau, spearmanr
-
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return math.nan, math.nan
-    return float(spearmanr(a, b)[0]), float(kendalltau(a, b)[0])  # type: ignore[arg-type]
+    found = agreement(a, b, n_bootstrap=1)
+    return (math.nan if found.spearman is None else found.spearman), (math.nan if found.kendall is None else found.kendall)
 
 
 def misranked(expected: Sequence[float], latencies: Sequence[Latency]) -> tuple[int, int]:

@@ -17,11 +17,11 @@ from lowsearch.insights.claims import CLAIMS
 from lowsearch.insights.evidence import Finding, Latency, Wanted
 from lowsearch.insights.experiments import CountTimm, experiments
 from lowsearch.latency.measure import Effort, Launcher, Progress
-from lowsearch.latency.pace import step_key, step_paces
+from lowsearch.latency.pace import hot_samples
 from lowsearch.latency.profile import current_context
 from lowsearch.latency.session import Found, Partial, Session, locked
 from lowsearch.latency.target import Context, Device, Target, require_attached
-from lowsearch.latency.timing import Item, Network, Timing, latency_ms, standard_error_ms
+from lowsearch.latency.timing import Item, Network, latency_ms, standard_error_ms
 
 SCHEMA = "lowsearch-insights"
 VERSION = 1
@@ -130,14 +130,8 @@ def _measure(
 
 def _latencies(found: Found) -> dict[Item, Latency]:
     """With hot caches, at the usual pace of the machine."""
-    timings: dict[Item, list[Timing]] = {item: list(by_process.values()) for item, by_process in found.items()}
-    paces = step_paces([timing for several in timings.values() for timing in several])
-    latencies = {}
-    for item, several in timings.items():
-        samples = [timing.hot_ms for timing in several]
-        at = [paces[step_key(timing)][0] for timing in several]
-        latencies[item] = Latency(latency_ms(samples, at), standard_error_ms(samples, at))
-    return latencies
+    samples = hot_samples({item: list(by_process.values()) for item, by_process in found.items()})
+    return {item: Latency(latency_ms(rounds, paces), standard_error_ms(rounds, paces)) for item, (rounds, paces) in samples.items()}
 
 
 class _Measured:

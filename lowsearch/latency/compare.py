@@ -7,7 +7,7 @@ torch's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.errors import UsageError
 from lowsearch.latency.measure import Effort, Launcher, Progress, time_until_tight
-from lowsearch.latency.pace import step_key, step_paces
+from lowsearch.latency.pace import Samples, hot_samples
 from lowsearch.latency.target import Device, Target, require_attached
 from lowsearch.latency.timing import Timing, TimmNetwork, Verdict, latency_ms, standard_error_ms, verdict
 from lowsearch.presets import PRESETS
@@ -73,8 +73,8 @@ def compare(
     counted = {name: _count(item) for name, item in items.items()}
     unique = list(dict.fromkeys(items.values()))
     found = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
-    paces = step_paces([timing for timings in found.values() for timing in timings])
-    rows = [_row(name, item, counted[name], found[item], paces) for name, item in items.items()]
+    samples = hot_samples(found)
+    rows = [_row(name, item, counted[name], found[item], *samples[item]) for name, item in items.items()]
     return sorted(rows, key=lambda row: row.latency_ms)
 
 
@@ -105,16 +105,11 @@ def _count(item: Arch | TimmNetwork) -> tuple[int, int]:
 
 
 def _row(
-    name: str,
-    item: Arch | TimmNetwork,
-    counted: tuple[int, int],
-    timings: Sequence[Timing],
-    paces: Mapping[tuple[int, str], Sequence[float]],
+    name: str, item: Arch | TimmNetwork, counted: tuple[int, int], timings: Sequence[Timing], samples: Samples, paces: tuple[float, ...]
 ) -> ComparedNetwork:
-    rounds = [timing.hot_ms for timing in timings]
-    pace = [paces[step_key(timing)][0] for timing in timings]
     return ComparedNetwork(
-        name=name, resolution_px=item.resolution_px, latency_ms=latency_ms(rounds, pace), latency_std_ms=standard_error_ms(rounds, pace),
+        name=name, resolution_px=item.resolution_px, latency_ms=latency_ms(samples, paces),
+        latency_std_ms=standard_error_ms(samples, paces),
         wall_over_cpu=max(timing.wall_over_cpu for timing in timings), macs=counted[0], params=counted[1],
         top1_percent=TOP1_PERCENT.get(name),
     )  # fmt: skip

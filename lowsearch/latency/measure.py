@@ -26,7 +26,7 @@ from lowsearch import cost, errors
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DeviceError, LowsearchError
 from lowsearch.latency.memory import MemoryRead
-from lowsearch.latency.pace import StepKey, step_key, step_paces
+from lowsearch.latency.pace import Samples, hot_samples
 from lowsearch.latency.target import Device, Target, require_attached
 from lowsearch.latency.timing import (
     Item,
@@ -204,18 +204,13 @@ def time_until_tight(
 
     run(items, range(effort.processes))
     for process in range(effort.processes, MAX_PROCESSES if effort.processes > 1 else 0):
-        paces = step_paces([timing for found in timings.values() for timing in found])
-        loose = [item for item, found in timings.items() if _relative_std(found, paces) > TIGHT]
+        loose = [
+            item for item, (samples, at) in hot_samples(timings).items() if standard_error_ms(samples, at) > TIGHT * latency_ms(samples, at)
+        ]
         if not loose:
             break
         run(loose, [process])
     return timings
-
-
-def _relative_std(timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[float]]) -> float:
-    """Standard error of the statistic as a share of it, at the usual pace of the machine."""
-    samples, at = [timing.hot_ms for timing in timings], [paces[step_key(timing)][0] for timing in timings]
-    return standard_error_ms(samples, at) / latency_ms(samples, at)
 
 
 def disputed(timings: Sequence[Timing]) -> bool:
@@ -229,18 +224,15 @@ def disputed(timings: Sequence[Timing]) -> bool:
 
 def network_latencies(timings: Mapping[Arch, Sequence[Timing]]) -> dict[Arch, NetworkLatency]:
     """The latency of every network from what the processes measured of it, at the usual pace of the machine."""
-    paces = step_paces([timing for found in timings.values() for timing in found])
-    return {arch: _network_latency(arch, found, paces) for arch, found in timings.items()}
+    samples = hot_samples(dict(timings.items()))
+    return {arch: _network_latency(arch, found, *samples[arch]) for arch, found in timings.items()}
 
 
-def _network_latency(arch: Arch, timings: Sequence[Timing], paces: Mapping[StepKey, Sequence[float]]) -> NetworkLatency:
-    ordered = sorted(timings, key=lambda timing: timing.process)
-    samples = tuple(timing.hot_ms for timing in ordered)
-    hot_paces = tuple(paces[step_key(timing)][0] for timing in ordered)
-    loads = [timing.load_average for timing in ordered if timing.load_average is not None]
+def _network_latency(arch: Arch, timings: Sequence[Timing], samples: Samples, paces: tuple[float, ...]) -> NetworkLatency:
+    loads = [timing.load_average for timing in timings if timing.load_average is not None]
     return NetworkLatency(
-        arch=arch, latency_ms=latency_ms(samples, hot_paces), samples_ms=samples, paces=hot_paces,
-        wall_over_cpu=max(timing.wall_over_cpu for timing in ordered), load_average=max(loads, default=None),
+        arch=arch, latency_ms=latency_ms(samples, paces), samples_ms=samples, paces=paces,
+        wall_over_cpu=max(timing.wall_over_cpu for timing in timings), load_average=max(loads, default=None),
     )  # fmt: skip
 
 

@@ -1,11 +1,29 @@
 """One ONNX model in ONNX Runtime on one CPU thread, ready to be timed.
 
-Used by runtimes.py, and carried to machines that lowsearch is not installed on (bundle.py): numpy and onnxruntime only, and Python 3.8.
+Beside onnx_runtimes.py, which needs torch: this is carried to machines that lowsearch is not installed on (bundle.py), so numpy and
+onnxruntime only, and Python 3.8.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+
+def session_options(*, threads: int) -> Any:
+    """What every session of ONNX Runtime is told here, wherever it runs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # One thread need not wait for others. Several find each other faster spinning, but not when another block has its turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
 
 
 class OnnxProgram:
@@ -14,13 +32,7 @@ class OnnxProgram:
     def __init__(self, model: bytes, x: np.ndarray) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(model, session_options(threads=1), providers=["CPUExecutionProvider"])
         (given,), (wanted,) = self._session.get_inputs(), self._session.get_outputs()
         self._output = ort.OrtValue.ortvalue_from_numpy(np.zeros(wanted.shape, np.float32))
         self._binding = self._session.io_binding()

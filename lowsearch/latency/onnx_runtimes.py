@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from lowsearch.errors import DeviceError
+from lowsearch.latency.onnx_program import session_options
 from lowsearch.latency.target import DeviceKind, Target
 from lowsearch.latency.torch_runtimes import ALL_BLOCKS, FEW_BLOCKS, placed
 
@@ -103,14 +104,7 @@ class _OnnxProgram:
     def __init__(self, model: bytes, x: Tensor, providers: Sequence[Provider], *, threads: int) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # One thread need not wait for others. Several find each other faster spinning, but not when another block has its turn.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
+        options = session_options(threads=threads)
         (wanted, _), *_ = providers
         available = ort.get_available_providers()
         session = ort.InferenceSession(model, options, providers=list(providers)) if wanted in available else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lowsearch.latency.timing import STATES, Timing, latency_ms
+from lowsearch.latency.timing import STATES, Item, Timing, latency_ms
 
 _PASSES = 40
 _DOUBTED = 2.0  # Times beyond this many deviations count less.
@@ -21,6 +21,8 @@ MIN_ITEMS = 4
 """What fewer items than this tell of their step cannot be told from their own noise."""
 
 StepKey = tuple[int, str]
+Samples = tuple[tuple[float, ...], ...]
+"""A tuple for every process, in it a number for every round."""
 
 
 def step_key(timing: Timing) -> StepKey:
@@ -46,6 +48,22 @@ def step_paces(timings: Sequence[Timing]) -> Mapping[StepKey, tuple[float, ...]]
         log_ms = np.log([latency_ms([rounds]) for rounds in samples])
         columns.append(np.exp(_step_effects(log_ms, of_block, of_step)))
     return {key: tuple(float(round(column[index], 4)) for column in columns) for key, index in steps.items()}
+
+
+def hot_samples(timings: Mapping[Item, Sequence[Timing]]) -> dict[Item, tuple[Samples, tuple[float, ...]]]:
+    """Of every item the hot rounds of each of its processes, in their order, and the pace that each was measured at."""
+    paces = step_paces([timing for found in timings.values() for timing in found])
+    ordered = {item: sorted(found, key=lambda timing: timing.process) for item, found in timings.items()}
+    return {
+        item: (tuple(timing.hot_ms for timing in found), tuple(paces[step_key(timing)][0] for timing in found))
+        for item, found in ordered.items()
+    }
+
+
+def pace_since(now_ms: Sequence[float], then_ms: Sequence[float]) -> float:
+    """How many times longer the same things take now than they did then: the median ratio. NaN where there are none."""
+    ratios = [now / then for now, then in zip(now_ms, then_ms, strict=True)]
+    return float(np.median(ratios)) if ratios else float("nan")
 
 
 def _step_effects(log_ms: np.ndarray, of_block: np.ndarray, of_step: np.ndarray) -> np.ndarray:

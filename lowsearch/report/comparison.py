@@ -5,42 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import plotly.graph_objects as go
 
-from lowsearch import __version__
-from lowsearch.files import write_atomically
 from lowsearch.latency.compare import ComparedNetwork
 from lowsearch.report.figures import log_ticks
+from lowsearch.report.plots_page import write_plots_page
 
-_HERE = Path(__file__).resolve().parent
 _COLUMNS = ("network", "px", "latency, ms", "±", "MMACs", "GMACs/s", "params, M", "top-1, % (published)")
 _OURS, _OTHERS = "#0067b1", "#c75300"
 
 
 def build_comparison(rows: Sequence[ComparedNetwork], target: str, path: Path) -> Path:
     """Write the page of `rows`, measured on `target`, to `path`: self-contained, needs no network."""
-    from plotly.offline import get_plotlyjs
-
     known = [row for row in rows if row.top1_percent is not None]
-    lead = f"{len(rows)} networks, measured on {escape(target)}, fastest first."
+    lead = f"{len(rows)} networks, measured on {target}, fastest first."
     if known:
         lead += " Accuracies are published ones, of their authors' recipes; the line joins the networks that no other dominates."
-    drawn = figure(rows).to_json() or "{}"
-    write_atomically(
-        path,
-        Template((_HERE / "comparison.html").read_text(encoding="utf-8")).substitute(
-            version=escape(__version__),
-            css=(_HERE / "page.css").read_text(encoding="utf-8"),
-            plotly=get_plotlyjs(),
-            data=drawn.replace("<", "\\u003c"),
-            lead=lead,
-            table=_table(rows),
-        ),
+    body = (
+        '<section><div class="card plotcard"><div class="plot tall" id="plot"></div></div></section>'
+        f'<section><div class="card tablecard">{_table(rows)}</div></section>'
     )
-    return path
+    return write_plots_page(path, title="Comparison", heading="Networks side by side", lead=lead, body=body, figures={"plot": figure(rows)})
 
 
 def figure(rows: Sequence[ComparedNetwork]) -> go.Figure:

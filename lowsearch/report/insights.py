@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 import plotly.graph_objects as go
 
-from lowsearch import __version__
-from lowsearch.files import write_atomically
 from lowsearch.insights.evidence import Finding, Plot
 from lowsearch.insights.study import Insights
 from lowsearch.report.figures import log_ticks
+from lowsearch.report.plots_page import write_plots_page
 
-_HERE = Path(__file__).resolve().parent
 _COLOURS = ("#0067b1", "#c75300", "#3a8f3a", "#8a4fb5")
 _GREY = "#7a828c"
 _MARKS = {"confirmed": "✓", "refuted": "✗", "not decided": "?"}
@@ -25,9 +21,7 @@ _MARKS = {"confirmed": "✓", "refuted": "✗", "not decided": "?"}
 
 def build_insights(found: Insights, path: Path) -> Path:
     """Write the page of `found` to `path`: self-contained, needs no network."""
-    from plotly.offline import get_plotlyjs
-
-    figures = {f"plot-{f.claim.number}-{i}": json.loads(figure(p).to_json() or "{}") for f in found.findings for i, p in enumerate(f.plots)}
+    figures = {f"plot-{f.claim.number}-{i}": figure(p) for f in found.findings for i, p in enumerate(f.plots)}
     counts = Counter(f.verdict for f in found.findings)
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _MARKS if counts[verdict])
     context = found.context
@@ -36,19 +30,12 @@ def build_insights(found: Insights, path: Path) -> Path:
         f"Measured {context.date_utc[:10]} on {found.target}; {context.statistic}. A difference counts where it is beyond "
         "two standard errors and 5 %."
     )
-    write_atomically(
-        path,
-        Template((_HERE / "insights.html").read_text(encoding="utf-8")).substitute(
-            version=escape(__version__),
-            css=(_HERE / "page.css").read_text(encoding="utf-8"),
-            plotly=get_plotlyjs(),
-            data=json.dumps(figures).replace("<", "\\u003c"),
-            lead=escape(lead),
-            verdicts="".join(_verdict_row(f) for f in found.findings),
-            sections="".join(_section(f) for f in found.findings),
-        ),
-    )
-    return path
+    verdicts = "".join(_verdict_row(f) for f in found.findings)
+    head = '<th class="number">#</th><th>verdict</th><th>subject</th><th>claim</th>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{verdicts}</tbody></table>"
+    body = f'<section><div class="card tablecard">{table}</div></section>' + "".join(_section(f) for f in found.findings)
+    heading = "Where MACs and time part on this device"
+    return write_plots_page(path, title="Beyond MACs on this device", heading=heading, lead=lead, body=body, figures=figures)
 
 
 def _verdict_row(finding: Finding) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
+from lowsearch.latency.pace import pace_since
 from lowsearch.search import pareto
 from lowsearch.search.estimates import Estimator
 from lowsearch.search.outputs import candidate_costs, decode, keeps_limits, write_csv
@@ -125,7 +126,7 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     anchors = [(arch, then_ms) for arch, then_ms in parts.anchors if arch not in archs]
     told: Progress | None = None if progress is None else lambda done, total, _: progress(done, total, "measure the shortlist")
     measured = parts.measure([*archs, *(arch for arch, _ in anchors)], told)
-    again = [latency.latency_ms / then_ms for latency, (_, then_ms) in zip(measured[len(archs) :], anchors, strict=True)]
+    pace = pace_since([latency.latency_ms for latency in measured[len(archs) :]], [then_ms for _, then_ms in anchors])
     predicted = Estimator(parts.space, parts.latency).estimate(np.stack([parts.space.encode(arch) for arch in archs]))
     rows: list[dict[str, Any]] = []
     for i, (arch, latency) in enumerate(zip(archs, measured, strict=False)):
@@ -133,7 +134,7 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
         row |= {"predicted_latency_ms": predicted.mean["latency_ms"][i], "predicted_latency_std_ms": predicted.std["latency_ms"][i]}
         row |= {name: getattr(latency, name) for name in _RAW if hasattr(latency, name)}
         rows.append(row)
-    content = {"pace": float(np.median(again)) if again else None, "anchors": len(again), "networks": rows}
+    content = {"pace": None if math.isnan(pace) else pace, "anchors": len(anchors), "networks": rows}
     write_atomically(folder / MEASUREMENTS, json.dumps(content, indent=1, default=float) + "\n")
     found = Measurements.load(folder)
     assert found is not None
