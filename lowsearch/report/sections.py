@@ -275,8 +275,8 @@ def trust_card(study: StudyFiles) -> Card | None:
     if found.get("low") is None:
         return None
     how = (
-        f"Spearman of forecasts from the lowest rung with the full schedule, cross-validated over {found['n_networks']} networks that the "
-        f"search chose to train fully; lowsearch trust {study.name} asks networks that it did not choose"
+        f"Spearman from the lowest rung to the full schedule, over {found['n_networks']} networks that the search chose; "
+        f"not yet examined on others (lowsearch trust)"
     )
     return Card("Forecasts rank networks", f"{found['spearman']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}", how)
 
