@@ -406,6 +406,10 @@ def run(
         str, typer.Option("--sampler", help="What proposes networks: lowsearch, nsga2, nsga3, tpe, gp, random or exhaustive.")
     ] = "lowsearch",
     workers: Annotated[int, typer.Option("--workers", help="Processes that train side by side.")] = 2,
+    train_device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option("--train-device", help="Where networks are trained; default: the GPU if one is searched for, else the CPU."),
+    ] = None,
     accuracy: Annotated[
         Literal["trained", "params", "macs", "published"] | None,
         typer.Option("--accuracy", help="trained, or a score without training: published (224 px class), params or macs."),
@@ -435,7 +439,7 @@ def run(
         "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": recipe, "accuracy": accuracy, "final_seeds": final_seeds,
-        "allow_stale": allow_stale,
+        "allow_stale": allow_stale, "train_device": train_device,
     }  # fmt: skip
     stored = stored_settings(folder)
     if stored is None:
@@ -699,18 +703,17 @@ def train(
 
     from lowsearch.data import load_data
     from lowsearch.train import recipe as recipe_named
+    from lowsearch.train import require_trainable
     from lowsearch.train.full import train_fully
 
     network, defaults = _network_of_study(what, arch) if arch is not None else (_network(what), {})
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device {device!r} cannot train", hint="--device cpu or --device cuda")
     schedule = recipe_named(recipe or defaults.get("recipe") or "micro")
     if epochs is not None:
         schedule = dataclasses.replace(schedule, name=f"{schedule.name}-{epochs}ep", epochs=epochs)
     images = load_data(data or defaults.get("data") or "fashion-mnist-mini")
     network = dataclasses.replace(network, num_classes=len(images.classes))
     folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}-s{seed}"
-    _require_cuda(device)
+    require_trainable(device)
     with _progress() as progress:
         metrics = train_fully(
             network, images, schedule, seed=seed, folder=folder, device=device,
@@ -850,14 +853,6 @@ def _networks_of_study(study: str, beginnings: Sequence[str]) -> tuple[dict[str,
         named = ", ".join(map(repr, beginnings))
         raise StudyError(f"study {study!r} has no network {named}", hint=f"{folder / 'front.csv'} lists the front's")
     return {key: Arch.from_dict(values["arch"]) for key, values in found.items()}, settings if isinstance(settings, dict) else {}
-
-
-def _require_cuda(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError("no CUDA device that this torch can use is attached", hint="--device cpu")
 
 
 def _network(name: str) -> Any:

@@ -37,11 +37,12 @@ class Ladder:
         rungs: tuple[float, ...] = RUNGS,
         seed: int = 0,
         records: str = RECORDS,
+        device: str = "cpu",
     ) -> None:
-        """`records`: name of the file in `folder` that every rung reached is written to."""
+        """`records`: name of the file in `folder` that every rung reached is written to. `device`: `cpu` or `cuda`, where it trains."""
         if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] <= 0 or rungs[-1] != 1.0:
             raise UsageError(f"rungs are {rungs!r}, expected rising fractions that end at 1.0")
-        self.data, self.recipe, self.rungs, self.seed, self.folder = data, recipe, tuple(rungs), seed, folder
+        self.data, self.recipe, self.rungs, self.seed, self.folder, self.device = data, recipe, tuple(rungs), seed, folder, device
         self.records = AccuracyRecords(folder / records)
 
     def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> AccuracyRecord:
@@ -59,7 +60,9 @@ class Ladder:
             self.records.refresh()
             if (known := self.record(arch, rung)) is not None:
                 return known
-            result = train(arch, self.data, self.recipe, seed=self.seed, until=rung, checkpoint=checkpoint, progress=progress)
+            result = train(
+                arch, self.data, self.recipe, seed=self.seed, until=rung, checkpoint=checkpoint, progress=progress, device=self.device
+            )
             # A checkpoint may be further than its records, after a crash or by another ladder: the curve up to the rung is what counts.
             curve = tuple(point for point in result.curve if point.fraction <= _reached(rung, result.curve))
             record = AccuracyRecord(

@@ -35,7 +35,7 @@ from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, target_of
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings
 from lowsearch.space import SearchSpace
-from lowsearch.train import Recipe, evaluate, recipe, train
+from lowsearch.train import Recipe, can_train, evaluate, recipe, require_trainable, train
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,12 @@ def resolve(settings: StudySettings) -> StudySettings:
         )
     name = settings.recipe or DEFAULT_RECIPE
     recipe(name)
-    return dataclasses.replace(settings, device=device, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name)
+    if settings.train_device is not None:
+        require_trainable(settings.train_device)
+    return dataclasses.replace(
+        settings, device=device, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
+        train_device=settings.train_device or ("cuda" if resolve_device(device).kind == "cuda" and can_train("cuda") else "cpu"),
+    )  # fmt: skip
 
 
 def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
@@ -115,14 +120,14 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
 
     def training() -> Ladder:
         assert data is not None and schedule is not None
-        return Ladder(data, schedule, folder=folder, seed=settings.seed)
+        return Ladder(data, schedule, folder=folder, seed=settings.seed, device=trains_on)
 
     def held_out(seed: int) -> Ladder:
         import torch
 
         assert data is not None and schedule is not None
         torch.set_num_threads(1)  # As in the workers: on one thread the same training gives the same weights.
-        return Ladder(data, schedule, folder=folder, rungs=(1.0,), seed=seed, records=HELD_OUT_FILE)
+        return Ladder(data, schedule, folder=folder, rungs=(1.0,), seed=seed, records=HELD_OUT_FILE, device=trains_on)
 
     def held_out_records() -> Sequence[AccuracyRecord]:
         return tuple(AccuracyRecords(folder / HELD_OUT_FILE))
@@ -135,9 +140,10 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
 
     def finalist(arch: Arch, seed: int, path: Path) -> FinalScore:
         assert data is not None and schedule is not None
-        return train_final(arch, data, schedule, seed=seed, path=path)
+        return train_final(arch, data, schedule, seed=seed, path=path, device=trains_on)
 
     schedule = recipe(settings.recipe) if settings.recipe is not None else None
+    trains_on = settings.train_device or "cpu"
     trains = data is not None and schedule is not None
     return Parts(
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
@@ -149,11 +155,11 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     )  # fmt: skip
 
 
-def train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, path: Path) -> FinalScore:
+def train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, path: Path, device: str = "cpu") -> FinalScore:
     """Train `arch` on the whole schedule, read the test split, and leave the weights at `<path>.safetensors`."""
     checkpoint = path.with_name(f"{path.name}.checkpoint.safetensors")
-    result = train(arch, data, schedule, seed=seed, checkpoint=checkpoint)
-    test_accuracy = evaluate(result.model(), data.test, arch.resolution_px)
+    result = train(arch, data, schedule, seed=seed, checkpoint=checkpoint, device=device)
+    test_accuracy = evaluate(result.model(), data.test, arch.resolution_px, device=device)
     result.save_weights(path.with_name(f"{path.name}.safetensors"))
     curve = [{"fraction": p.fraction, "train_loss": p.train_loss, "val_accuracy": p.val_accuracy} for p in result.curve]
     return FinalScore(

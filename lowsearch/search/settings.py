@@ -15,6 +15,7 @@ from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, p
 from lowsearch.search.samplers import SAMPLERS
 
 AccuracyKind = Literal["trained", "params", "macs", "published"]
+TrainDevice = Literal["cpu", "cuda"]
 STAND_INS = {"params": "proxy:params", "macs": "proxy:macs", "published": "prior:published"}
 """What may stand in for accuracy where nothing is trained, and the `accuracy_source` that every file then states."""
 
@@ -49,6 +50,8 @@ class StudySettings:
     seed: int = 0
     workers: int = 2
     """Processes that train side by side, one thread each."""
+    train_device: TrainDevice | None = None
+    """Where networks are trained; None for the GPU where a GPU of this machine is searched for, else the CPU."""
     recipe: str | None = None
     """Training recipe by name; None for the one made for the data."""
     accuracy: AccuracyKind | None = None
@@ -60,11 +63,15 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
-        for name, choices in (("sampler", tuple(SAMPLERS)), ("accuracy", (None, *get_args(AccuracyKind)))):
+        for name, choices in (
+            ("sampler", tuple(SAMPLERS)), ("accuracy", (None, *get_args(AccuracyKind))), ("train_device", (None, *get_args(TrainDevice))),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in choices:
                 listed = ", ".join(c for c in choices if c)
-                raise UsageError(f"{name} is {value!r}; known: {listed}", hint=f"--{name} {next(c for c in choices if c)}")
+                raise UsageError(
+                    f"{name} is {value!r}; known: {listed}", hint=f"--{name.replace('_', '-')} {next(c for c in choices if c)}"
+                )
         for name, least in (("batch", 1), ("threads", 1), ("workers", 1), ("seed", 0), ("trials", 1), ("final_seeds", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -105,7 +112,7 @@ class StudySettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
         """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
-        values = {"allow_stale": False, **values}  # Studies from before there was a choice have none.
+        values = {"allow_stale": False, "train_device": "cpu", **values}  # Studies from before there was a choice have none.
         names = {field.name for field in dataclasses.fields(cls)}
         for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
             if wrong:
@@ -117,7 +124,7 @@ class StudySettings:
         return cls(**{**values, "limits": parsed})
 
 
-EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds", "allow_stale")
+EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds", "allow_stale", "train_device")
 """Settings that a resumed study may change: more of the same search, with the table it has. Any other change would mix two studies."""
 
 _FLAGS = {"objective": "--objective", "limits": "--max/--min", "budget_s": "--budget"}

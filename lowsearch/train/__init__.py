@@ -1,6 +1,6 @@
 """Training one network: recipes, and a resumable, reproducible engine."""
 
-from lowsearch.train.engine import CurvePoint, TrainResult, evaluate, train
+from lowsearch.train.engine import CurvePoint, TrainResult, can_train, evaluate, require_trainable, train
 from lowsearch.train.recipe import RECIPES, Recipe, recipe
 
-__all__ = ["RECIPES", "CurvePoint", "Recipe", "TrainResult", "evaluate", "recipe", "train"]
+__all__ = ["RECIPES", "CurvePoint", "Recipe", "TrainResult", "can_train", "evaluate", "recipe", "require_trainable", "train"]

@@ -2,7 +2,8 @@
 
 The same (arch, data, recipe, seed, torch version, one thread) gives the same weights bit for bit, whether the training ran through or
 was killed and resumed any number of times, and whatever was asked of it in between (`until`): what a step draws at random is keyed by
-(seed, step), and a checkpoint holds everything else. Read by `accuracy.ladder` and by whoever trains finalists.
+(seed, step), and a checkpoint holds everything else. On a GPU it draws the same, but sums in an order that is not fixed, so weights differ
+by rounding from one run to the next. Read by `accuracy.ladder` and by whoever trains finalists.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -119,9 +120,24 @@ def train(
         return run.to(until, progress)
 
 
-def evaluate(model: nn.Module, split: Split, resolution_px: int) -> float:
-    """Accuracy of `model` on the images of `split`, resized to `resolution_px`."""
-    return _score(model, _resized(split.images, resolution_px), _as_tensor(split.labels))[0]
+def can_train(device: str) -> bool:
+    """Whether this torch can train on `device`: `cpu`, or `cuda` where it sees a GPU."""
+    import torch
+
+    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+
+
+def require_trainable(device: str) -> None:
+    """Raise UsageError where `can_train` says no."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} cannot train", hint="cpu or cuda")
+    if not can_train(device):
+        raise UsageError("no CUDA device that this torch can use is attached", hint="train on the cpu")
+
+
+def evaluate(model: nn.Module, split: Split, resolution_px: int, *, device: str = "cpu") -> float:
+    """Accuracy of `model` on the images of `split`, resized to `resolution_px`, computed on `device`, where `model` is moved."""
+    return _score(model.to(device), _resized(split.images, resolution_px, device), _as_tensor(split.labels).to(device))[0]
 
 
 def network_input(images: np.ndarray, resolution_px: int) -> Tensor:
@@ -152,9 +168,9 @@ class _Run:
         self.steps_per_epoch = recipe.steps_per_epoch(n_images)
         self.total_steps = recipe.total_steps(n_images)
         self.batch_size = min(recipe.batch_size, n_images)
-        self.train_images_BHWC = _resized(data.train.images[:n_images], arch.resolution_px).to(device)
+        self.train_images_BHWC = _resized(data.train.images[:n_images], arch.resolution_px, device)
         self.train_labels = _as_tensor(data.train.labels[:n_images]).to(device)
-        self.val_images_BHWC = _resized(data.val.images, arch.resolution_px).to(device)
+        self.val_images_BHWC = _resized(data.val.images, arch.resolution_px, device)
         self.val_labels = _as_tensor(data.val.labels).to(device)
         self.identity = {
             "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data_hash": data.data_hash, "seed": seed,
@@ -391,16 +407,16 @@ def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor) -> tuple[float
     return correct / len(labels), loss / len(labels)
 
 
-def _resized(images: np.ndarray, px: int) -> Tensor:
-    """`images` (n, side, side, 3) as a uint8 tensor (n, px, px, 3), resampled once with antialiasing."""
+def _resized(images: np.ndarray, px: int, device: str = "cpu") -> Tensor:
+    """`images` (n, side, side, 3) as a uint8 tensor (n, px, px, 3) on `device`, resampled once with antialiasing."""
     import torch
     import torch.nn.functional as F
 
     if images.shape[1] == px:
-        return torch.from_numpy(np.ascontiguousarray(images))
-    out = torch.empty((len(images), px, px, 3), dtype=torch.uint8)
+        return torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    out = torch.empty((len(images), px, px, 3), dtype=torch.uint8, device=device)
     for start in range(0, len(images), 500):
-        x_BCHW = torch.from_numpy(np.ascontiguousarray(images[start : start + 500])).permute(0, 3, 1, 2).float()
+        x_BCHW = torch.from_numpy(np.ascontiguousarray(images[start : start + 500])).to(device).permute(0, 3, 1, 2).float()
         x_BCHW = F.interpolate(x_BCHW, size=(px, px), mode="bilinear", antialias=True, align_corners=False)
         out[start : start + 500] = x_BCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return out

@@ -50,7 +50,7 @@ def train_fully(
         return stored
     checkpoint = folder / "checkpoint.safetensors"
     result = train(arch, data, recipe, seed=seed, checkpoint=checkpoint, progress=progress, device=device)
-    test_accuracy = evaluate(result.model(), data.test, arch.resolution_px)
+    test_accuracy = evaluate(result.model(), data.test, arch.resolution_px, device=device)
     metrics = {
         **identity,
         "val_accuracy": result.val_accuracy, "val_accuracy_std": _binomial_std(result.val_accuracy, len(data.val)),
