@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowsearch import cost
-from lowsearch.errors import UsageError
+from lowsearch.errors import DeviceError, UsageError
 from lowsearch.latency.compare import ComparedNetwork, compare
 from lowsearch.latency.measure import Effort, Request, steps
 from lowsearch.latency.target import Device, Target, attached_devices
@@ -47,6 +47,21 @@ def test_networks_come_fastest_first_with_what_they_cost() -> None:
     assert (rows[-1].macs, rows[-1].params) == (counted.macs, counted.params)
     assert rows[-1].gmacs_per_s == pytest.approx(counted.macs / rows[-1].latency_ms / 1e6)
     assert {row.name: row.top1_percent for row in rows}["resnet18"] == 73.3
+
+
+def without_resnet(request: Request) -> Iterator[Timing]:
+    for timing in launch(request):
+        if timing.item == TimmNetwork("resnet18", 224):
+            timing = dataclasses.replace(timing, hot_ms=(), refused="network resnet18: no kernel")
+        yield timing
+
+
+def test_what_the_runtime_cannot_execute_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    rows = compare(NAMES, TARGET, devices=[CPU], launch=without_resnet)
+    assert [row.name for row in rows] == ["mobilenetv4_conv_small", "cpubone_b0", "lowformer_b0"]
+    assert [record.message for record in caplog.records] == ["left out: network resnet18: no kernel"]
+    with pytest.raises(DeviceError, match="can execute none of resnet18"):
+        compare(["resnet18"], TARGET, devices=[CPU], launch=without_resnet)
 
 
 @pytest.mark.parametrize("name", ["lowformer_b0", "cpubone_b3"])

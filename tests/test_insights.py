@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -45,6 +46,9 @@ class Rule:
 
     def __init__(self, ms, *, batched=None, std=0.001):
         self.batch, self._ms, self._batched, self._std = 8, ms, batched or ms, std
+
+    def has(self, item):
+        return True
 
     def of(self, item):
         return Latency(self._ms(item), self._std * self._ms(item))
@@ -244,6 +248,22 @@ def test_the_study_judges_every_claim_and_leaves_its_numbers(tmp_path):
     assert values["claims"][0]["verdict"] == "refuted"
     assert values["target"]["device"] == "made-up-cpu"
     assert not list(path.parent.glob("*partial*")), "nothing is left of the measurement"
+
+
+def test_a_backbone_that_the_runtime_cannot_execute_is_left_out_and_named(tmp_path):
+    def without(request):
+        for timing in launch(request):
+            bad = timing.item == TimmNetwork("efficientvit_b1", 224)
+            yield dataclasses.replace(timing, hot_ms=(), refused="no kernel") if bad else timing
+
+    one, twelve = study(tmp_path, claims=[1, 12], launch=without).findings
+    whole, _ = study(tmp_path / "whole", claims=[1, 12]).findings
+    assert [row for row in whole.rows if row not in one.rows] == [row for row in whole.rows if row["network"] == "efficientvit_b1"]
+    assert (
+        one.evidence.endswith("Left out, as the runtime cannot execute them: efficientvit_b1.")
+        and "efficientvit_b1 takes" not in one.evidence
+    )
+    assert "efficientvit_b1" not in {row["network"] for row in twelve.rows}
 
 
 def test_only_the_claims_asked_for_are_measured(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import shutil
 import sys
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from lowsearch.latency.onnx_runtimes import OnnxRuntime, OnnxTensorRt, TensorRtR
 from lowsearch.latency.runtimes import RUNTIMES, TOLERANCE, Program, Runtime, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Target, attached_devices
 from lowsearch.latency.timers import CpuTimer, WallTimer
+from lowsearch.latency.timing import Timing, TimmNetwork
 from lowsearch.latency.torch_runtimes import ALL_BLOCKS, CudaGraphsRuntime
 from lowsearch.latency.worker import Bench
 from lowsearch.model.blocks import build_block, randomise
@@ -311,6 +313,50 @@ def test_a_cuda_graph_computes_eager_without_its_python(block: Block, memory_for
     with torch.inference_mode():
         program._x.mul_(2)  # The graph reads the input where it lies.
     assert check_parity(program, other, precision="fp32", what="block") < 1e-5
+
+
+class HostCopy(nn.Module):
+    """Makes a tensor on the CPU in every call, as some networks of timm do."""
+
+    def __init__(self, *, everywhere: bool) -> None:
+        super().__init__()
+        self.everywhere = everywhere
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones(1, device=x.device if self.everywhere else "cpu")
+        return x.to(torch.float32) + (ones if self.everywhere else ones.to(x.device))
+
+
+def test_a_network_that_copies_from_the_host_is_refused_before_it_is_recorded() -> None:
+    x = torch.zeros(3, device="meta")  # Stands for a device other than the CPU.
+    with torch.inference_mode(), torch_runtimes._OnOneDevice():
+        HostCopy(everywhere=True)(x)
+        HostCopy(everywhere=False)(torch.zeros(3))
+        with pytest.raises(RuntimeError, match="copies between cpu and meta"):
+            HostCopy(everywhere=False)(x)
+
+
+def test_what_a_runtime_cannot_execute_is_left_out_and_the_others_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = attached_devices()[0]
+    bad, good = TimmNetwork("resnet10t", 32), TimmNetwork("mobilenetv3_small_050", 32)
+
+    class Choosy(type(RUNTIMES["eager"])):  # type: ignore[misc]
+        def prepare(self, module: nn.Module, x: torch.Tensor, **options: Any) -> Program:
+            if "ResNet" in type(module).__name__:
+                raise RuntimeError("no kernel for this\nand a long trace")
+            return super().prepare(module, x, **options)
+
+    monkeypatch.setitem(RUNTIMES, "eager", Choosy())
+    request = Request(target=Target(cpu.slug, "eager"), process=0, seed=0, effort=Effort(rounds=1), steps=((bad, good),))
+    timings = {timing.item: timing for timing in worker.serve(request, BENCH, device=cpu)}
+    assert timings[bad].refused == "network resnet10t: runtime eager cannot execute it: no kernel for this" and not timings[bad].hot_ms
+    assert timings[good].hot_ms and not timings[good].refused
+    assert Timing.from_dict(timings[bad].to_dict()) == timings[bad]
+
+    monkeypatch.setattr(worker, "build", lambda item: (HostCopy(everywhere=True), 3, 8, "block"))
+    monkeypatch.setattr(Choosy, "prepare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    with pytest.raises(DeviceError, match="runtime eager cannot execute it: no kernel"):  # The space's own must run.
+        list(worker.serve(dataclasses.replace(request, steps=((BLOCKS[0],),)), BENCH, device=cpu))
 
 
 class GpuSession:

@@ -38,6 +38,10 @@ class Times(Protocol):
     batch: int
     """The large batch that `batched` is measured at."""
 
+    def has(self, item: Item) -> bool:
+        """Whether the runtime can execute `item`; only networks of timm may be missing."""
+        ...
+
     def of(self, item: Item) -> Latency:
         """Latency of one forward pass at batch 1: of a block or layer alone with hot caches, or of a whole network."""
         ...
@@ -54,6 +58,9 @@ class Wanted:
         self.batch = batch
         self.single: dict[Item, None] = {}
         self.large: dict[Item, None] = {}
+
+    def has(self, item: Item) -> bool:
+        return True
 
     def of(self, item: Item) -> Latency:
         self.single[item] = None

@@ -64,7 +64,7 @@ def experiments(count_timm: CountTimm) -> dict[int, Experiment]:
 
 
 def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
-    backbones = _backbones()
+    backbones = _backbones(times)
     members = _random_members()
     counts = {name: _count(network, count_timm) for name, network in backbones.items()}
     latencies = {name: times.of(network) for name, network in backbones.items()}
@@ -77,6 +77,7 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
     rho_random, tau_random = rank_correlations([c.macs for c in random_counts], [latency.ms for latency in random_ms])
     rho_rp, tau_rp = rank_correlations([c.params for c in random_counts], [latency.ms for latency in random_ms])
     surprises = _surprises(list(backbones), macs, ms)
+    missing = [name for name in TIMM if name not in backbones]
     told = "; ".join(surprises.values())
 
     def beside(name: str, other: str) -> str:
@@ -87,8 +88,12 @@ def macs_and_time(times: Times, count_timm: CountTimm) -> Finding:
         f"Of {pairs} pairs among {len(backbones)} backbones that differ clearly in both, MACs rank {100 * share:.0f} % wrongly "
         f"(Spearman {rho:.2f}, Kendall {tau:.2f}; parameters {rho_params:.2f}, {tau_params:.2f}). Over {len(members)} random members of "
         f"the LowFormer space MACs reach {rho_random:.2f} and {tau_random:.2f}, parameters {rho_rp:.2f} and {tau_rp:.2f}. The "
-        f"{N_SURPRISES} backbones whose time their MACs miss most: {told}. {beside('lowformer_e1', 'lowformer_b0')}; "
-        f"{beside('efficientvit_b1', 'lowformer_b1')}."
+        f"{N_SURPRISES} backbones whose time their MACs miss most: {told}. "
+        + "; ".join(
+            beside(name, other) for name, other in (("lowformer_e1", "lowformer_b0"), ("efficientvit_b1", "lowformer_b1")) if name in counts
+        )
+        + "."
+        + (f" Left out, as the runtime cannot execute them: {', '.join(missing)}." if missing else "")
     )
     rows = [
         {"network": name, "macs": counts[name].macs, "params": counts[name].params, **_as_row(latencies[name])} for name in backbones
@@ -394,7 +399,7 @@ def batch_size(times: Times, count_timm: CountTimm) -> Finding:
         *(name for name in PRESETS if name not in ("lowformer_b3", "lowformer_e2", "lowformer_e3", "cpubone_b3")), "efficientvit_b0",
         "efficientvit_b1", "mobilenetv4_conv_medium", "mobilenetv4_conv_small", "mobileone_s1", "repvit_m0_9", "repvit_m1_1", "resnet18",
     ]  # fmt: skip
-    backbones = {name: network for name, network in _backbones().items() if name in names}
+    backbones = {name: network for name, network in _backbones(times).items() if name in names}
     single = [times.of(network) for network in backbones.values()]
     large = [times.batched(network) for network in backbones.values()]
     wrong, pairs = misranked([latency.ms for latency in single], large)
@@ -508,8 +513,9 @@ def higher_resolution(times: Times) -> Finding:
 # What is compared -------------------------------------------------------------------------------------------------------
 
 
-def _backbones() -> dict[str, Network]:
-    return {**{name: TimmNetwork(name, 224) for name in TIMM}, **PRESETS}
+def _backbones(times: Times) -> dict[str, Network]:
+    """By name; without those that the runtime cannot execute."""
+    return {**{name: network for name in TIMM if times.has(network := TimmNetwork(name, 224))}, **PRESETS}
 
 
 def _random_members() -> list[Arch]:

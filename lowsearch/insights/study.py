@@ -141,6 +141,9 @@ class _Measured:
         self.batch = batch
         self._single, self._large = single, large
 
+    def has(self, item: Item) -> bool:
+        return item in self._single
+
     def of(self, item: Item) -> Latency:
         return self._single[item]
 

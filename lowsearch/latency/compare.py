@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowsearch import cost
 from lowsearch.arch import Arch
-from lowsearch.errors import UsageError
+from lowsearch.errors import DeviceError, UsageError
 from lowsearch.latency.measure import Effort, Launcher, Progress, time_until_tight
 from lowsearch.latency.pace import Samples, hot_samples
 from lowsearch.latency.target import Device, Target, require_attached
@@ -65,7 +65,8 @@ def compare(
     """Measure the networks called `names` (presets, paths of an arch.json, timm's names) on `target`; fastest first.
 
     `resolution_px` holds for all of them; None: 224 px, and a file's own for an arch.json. Raises UsageError for a name nobody knows,
-    DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
+    DeviceError where the device is not attached or the runtime cannot execute any of them, ParityError where it computes something else
+    than torch. A network of timm that it cannot execute, or not rightly, is left out with a warning.
     """
     device = require_attached(target, devices=devices)
     effort = effort or EFFORT
@@ -74,7 +75,9 @@ def compare(
     unique = list(dict.fromkeys(items.values()))
     found = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
     samples = hot_samples(found)
-    rows = [_row(name, item, counted[name], found[item], *samples[item]) for name, item in items.items()]
+    rows = [_row(name, item, counted[name], found[item], *samples[item]) for name, item in items.items() if item in found]
+    if not rows:
+        raise DeviceError(f"runtime {target.runtime} can execute none of {', '.join(items)}", hint="choose another --runtime")
     return sorted(rows, key=lambda row: row.latency_ms)
 
 

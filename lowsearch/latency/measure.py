@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -43,6 +44,8 @@ from lowsearch.latency.timing import (
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) after every step of a long job."""
+
+log = logging.getLogger(__name__)
 
 BLOCKS_PER_STEP = 24
 DISPUTE = 0.1
@@ -182,8 +185,12 @@ def time_until_tight(
     progress: Progress | None = None,
     label: str = "networks",
 ) -> dict[Item, list[Timing]]:
-    """Time `items` in the processes of `effort`; then those whose standard error is above TIGHT in further ones, up to MAX_PROCESSES."""
+    """Time `items` in the processes of `effort`; then those whose standard error is above TIGHT in further ones, up to MAX_PROCESSES.
+
+    What the runtime cannot execute is left out, with a warning.
+    """
     timings: dict[Item, list[Timing]] = {item: [] for item in items}
+    refused: dict[Item, str] = {}
     total = done = 0
 
     def run(wanted: Sequence[Item], processes: Iterable[int]) -> None:
@@ -197,12 +204,17 @@ def time_until_tight(
         ]  # fmt: skip
         total += len(wanted) * len(requests)
         for timing in run_requests(requests, device, launch=launch):
-            timings[timing.item].append(timing)
+            if timing.refused:
+                refused.setdefault(timing.item, timing.refused)
+            else:
+                timings[timing.item].append(timing)
             done += 1
             if progress is not None:
                 progress(done, total, label)
 
     run(items, range(effort.processes))
+    warn_of_refused(refused)
+    timings = {item: found for item, found in timings.items() if item not in refused}
     for process in range(effort.processes, MAX_PROCESSES if effort.processes > 1 else 0):
         loose = [
             item for item, (samples, at) in hot_samples(timings).items() if standard_error_ms(samples, at) > TIGHT * latency_ms(samples, at)
@@ -211,6 +223,12 @@ def time_until_tight(
             break
         run(loose, [process])
     return timings
+
+
+def warn_of_refused(refused: Mapping[Item, str]) -> None:
+    """Say what is left out, and why."""
+    for reason in refused.values():
+        log.warning("left out: %s", reason)
 
 
 def disputed(timings: Sequence[Timing]) -> bool:

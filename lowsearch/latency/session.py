@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lowsearch.errors import LowsearchError, TableError
-from lowsearch.latency.measure import Effort, Launcher, Progress, Request, disputed, run_requests, steps
+from lowsearch.latency.measure import Effort, Launcher, Progress, Request, disputed, run_requests, steps, warn_of_refused
 from lowsearch.latency.target import Context, Device, Target
 from lowsearch.latency.timing import Item, Timing
 
@@ -63,8 +63,12 @@ class Session:
         self._report()
 
     def measure(self, items: Sequence[Item], effort: Effort) -> Found:
-        """Every item timed in as many processes as `effort` says, and in one more where these disagree."""
+        """Every item timed in as many processes as `effort` says, and in one more where these disagree. What the runtime cannot execute
+        is left out, with a warning."""
         self._run(items, range(effort.processes), effort)
+        refused = {item: timing.refused for item in items for timing in self._found[item].values() if timing.refused}
+        warn_of_refused(refused)
+        items = [item for item in items if item not in refused]
         unclear = [item for item in items if disputed(list(self._found[item].values()))]
         self._total += sum(effort.processes not in self._found[item] for item in unclear)
         self._run(unclear, [effort.processes], effort)

@@ -82,6 +82,9 @@ class Timing:
     """Largest difference from torch's output, as a share of the largest output."""
     step: str = ""
     """Label of the step of its process that it was interleaved in."""
+    refused: str = ""
+    """Why the runtime cannot execute the item, or not rightly; nothing was timed then. Only networks of timm are refused: of the space's own
+    it is an error."""
 
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "item"}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowsearch.errors import DeviceError
 from lowsearch.latency.target import DeviceKind, Target
@@ -163,7 +164,9 @@ class _CudaGraph(TorchProgram):
         beside = cuda.Stream()
         beside.wait_stream(cuda.current_stream())
         with cuda.stream(beside):
-            for _ in range(self.WARM_UPS):
+            with _OnOneDevice():  # A recording that fails is not cleaned up by every torch; so what would fail is noticed here.
+                module(x)
+            for _ in range(self.WARM_UPS - 1):
                 module(x)
         cuda.current_stream().wait_stream(beside)
         self._graph = cuda.CUDAGraph()
@@ -177,6 +180,24 @@ class _CudaGraph(TorchProgram):
         self.run()
         with torch.inference_mode():
             return self._y.float().cpu().numpy()
+
+
+class _OnOneDevice(TorchDispatchMode):
+    """Refuses copies between the host and another device, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # In inference mode composite operators arrive as they were called, not as what they consist of.
+        if func.overloadpacket.__name__ in ("to", "_to_copy", "copy_", "item", "_local_scalar_dense"):
+            places = {value.device.type if isinstance(value, Tensor) else "cpu" for value in (*args[:2], result) if not _is_setting(value)}
+            if len(places) > 1:
+                raise RuntimeError(f"it copies between {' and '.join(sorted(places))} while it runs")
+        return result
+
+
+def _is_setting(value: object) -> bool:
+    """Whether an argument of a copy says how, not what."""
+    return isinstance(value, bool | torch.dtype | torch.device | torch.memory_format | None)
 
 
 def placed(

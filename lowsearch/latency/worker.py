@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lowsearch.arch import Arch, Block, input_channels
-from lowsearch.errors import DeviceError, LowsearchError
+from lowsearch.errors import DeviceError, LowsearchError, ParityError
 from lowsearch.latency.machine import load_average
 from lowsearch.latency.measure import Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
@@ -89,7 +89,17 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
 
 def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator, label: str = "") -> Iterator[Timing]:
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
-    prepared = [_prepare(item, request.target, bench, seed=request.seed) for item in step]
+    prepared, refused = [], []
+    for item in step:
+        try:
+            prepared.append(_prepare(item, request.target, bench, seed=request.seed))
+        except (DeviceError, ParityError) as error:
+            if not isinstance(item, TimmNetwork):
+                raise
+            refused.append(Timing(item=item, process=request.process, hot_ms=(), step=label, refused=error.message))
+    yield from refused
+    if not prepared:
+        return
     time_step(
         prepared, bench.timer, request.effort, rng=rng,
         again=lambda one, i: _prepare(one.item, request.target, bench, seed=request.seed + i),
@@ -107,9 +117,15 @@ def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> Prepared
     x = torch.randn(target.batch, channels, px, px, generator=torch.Generator().manual_seed(seed))
     fill_at_random(module, x, seed=seed)
     expected = reference(module, x)
-    program = runtime(target.runtime).prepare(
-        module, x, precision=target.precision, device=bench.torch_device, threads=target.threads
-    )  # fmt: skip
+    try:
+        program = runtime(target.runtime).prepare(
+            module, x, precision=target.precision, device=bench.torch_device, threads=target.threads
+        )  # fmt: skip
+    except LowsearchError:
+        raise
+    except Exception as error:  # Whatever a compiler raises of a network that it does not know how to run.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DeviceError(f"{what}: runtime {target.runtime} cannot execute it: {reason}", hint="choose another --runtime") from error
     parity = check_parity(program, expected, precision=target.precision, what=what)
     return Prepared(item, program, parity=parity, is_block=not isinstance(item, Network))
 
