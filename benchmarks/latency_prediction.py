@@ -49,6 +49,7 @@ GOALS = {"lowformer": {"mape": 0.04, "within_10": 0.97, "spearman": 0.98}, "lowf
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--space", default="lowformer-micro")
+    parser.add_argument("--device", default="cpu", help="attached, as cuda")
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--networks", type=int, default=100)
     parser.add_argument("--seed", type=int, default=2026, help="of the held-out networks; calibration uses other networks")
@@ -56,10 +57,11 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="judge the stored measurements again, without measuring")
     arguments = parser.parse_args()
     space = SearchSpace.load(arguments.space)
-    target = resolve_target("cpu", arguments.runtime)
-    path = RESULTS / f"latency_prediction-{space.name}-{target.runtime}.json"
+    target = resolve_target(arguments.device, arguments.runtime)
     table = find_table(target)
     device = require_attached(target)
+    whose = "" if device.kind == "cpu" else f"{device.slug}-"
+    path = RESULTS / f"latency_prediction-{space.name}-{whose}{target.runtime}.json"
     here = current_context(target, device)
     check_fits(table, target, here)
 
@@ -79,7 +81,7 @@ def main() -> None:
 
     result = judge(space, table, rows, pace=pace(table, space, anchors))
     result["learning_curve"] = learning_curve(space, table, rows, seed=arguments.seed)
-    goals = GOALS.get(space.name, {})
+    goals = GOALS.get(space.name, {}) if device.kind == "cpu" else {}
     met = {name: bool(_better(name, result["methods"]["ours"][name], goal)) for name, goal in goals.items()}
     print_table(space, target, result, goals, met)
     networks, again = (
@@ -88,8 +90,8 @@ def main() -> None:
     )
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "command": f"python benchmarks/latency_prediction.py --space {space.name} --runtime {target.runtime} --networks {len(rows)} "
-        f"--seed {arguments.seed}",
+        "command": f"python benchmarks/latency_prediction.py --space {space.name} --device {arguments.device} "
+        f"--runtime {target.runtime} --networks {len(rows)} --seed {arguments.seed}",
         "space": space.name, "target": dataclasses.asdict(target), "context": context, "measuring_s": seconds, "goals": goals,
         "goals_met": met, **result, "anchors": again, "networks": networks,
     }  # fmt: skip

@@ -83,8 +83,8 @@ class Timing:
     step: str = ""
     """Label of the step of its process that it was interleaved in."""
     refused: str = ""
-    """Why the runtime cannot execute the item, or not rightly; nothing was timed then. Only networks of timm are refused: of the space's own
-    it is an error."""
+    """Why the runtime cannot execute the item, or not rightly; then nothing was timed. Only networks of timm are refused: one of the space
+    that fails is an error."""
 
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "item"}

@@ -235,8 +235,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
-        loss_value = loss.item()
-        if not (math.isfinite(loss_value) and math.isfinite(norm.item())):
+        loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()  # A GPU is waited for once.
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             _log.warning(
                 "%s diverged at step %d of %d (recipe %s, seed %d)", self.arch.arch_id, self.step, self.total_steps, recipe.name, self.seed
             )
@@ -255,12 +255,11 @@ class _Run:
         # The decay warms up, or the first weights, which know nothing, would weigh on a short training.
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         state = self._state()
+        learned = [name for name, value in self.average.items() if value.is_floating_point()]
+        counted = [name for name in self.average if name not in set(learned)]
         with torch.no_grad():
-            for name, value in self.average.items():
-                if value.is_floating_point():
-                    value.lerp_(state[name], 1 - decay)
-                else:
-                    value.copy_(state[name])
+            torch._foreach_lerp_([self.average[name] for name in learned], [state[name] for name in learned], 1 - decay)
+            torch._foreach_copy_([self.average[name] for name in counted], [state[name] for name in counted])
 
     def _evaluate(self) -> None:
         if self.diverged:
