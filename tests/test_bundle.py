@@ -366,7 +366,7 @@ def test_a_bundle_is_timed_as_a_worker_times(folder: Path, monkeypatch: pytest.M
 
     clock = Clock()
     monkeypatch.setattr(
-        worker, "_prepare", lambda item, *_, **__: Prepared(item, Work(clock, 0.1 + 0.01 * items.index(item)), parity=0.0, is_block=True)
+        worker, "_prepare", lambda one, *_: Prepared(one.item, Work(clock, 0.1 + 0.01 * items.index(one.item)), parity=0.0, is_block=True)
     )
     asked = Request(target=TARGET, process=1, seed=9, effort=QUICK, steps=(items,))
     bench = worker.Bench(torch.device("cpu"), FlushingTimer(clock))

@@ -153,8 +153,11 @@ def test_each_process_has_its_own_order() -> None:
     assert orders[0] != orders[1] and set(orders[0]) == set(orders[1]) == set(archs)
 
 
-@pytest.mark.parametrize(("device", "threads"), [(GPU, 1), (CPU, 2)])
-def test_a_gpu_and_several_threads_are_measured_by_one_process_at_a_time(device: Device, threads: int) -> None:
+@pytest.mark.parametrize(("device", "threads", "cores"), [(GPU, 1, 2), (CPU, 2, 16)])
+def test_several_threads_and_a_gpu_without_cores_to_spare_are_measured_by_one_process_at_a_time(
+    device: Device, threads: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: cores)
     running = 0
     target = dataclasses.replace(TARGET, threads=threads)
 
@@ -167,6 +170,18 @@ def test_a_gpu_and_several_threads_are_measured_by_one_process_at_a_time(device:
 
     requests = [Request(target=target, process=p, seed=0, effort=Effort(), steps=((network(8),),)) for p in range(3)]
     assert [timing.process for timing in run_requests(requests, device, launch=launch)] == [0, 1, 2]
+
+
+def test_processes_of_a_gpu_get_ready_side_by_side_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 16)
+    together = threading.Barrier(3, timeout=10)
+
+    def launch(request: Request) -> Iterator[Timing]:
+        together.wait()
+        yield from fake_launch(request)
+
+    requests = [Request(target=TARGET, process=p, seed=0, effort=Effort(), steps=((network(8),),)) for p in range(3)]
+    assert sorted(timing.process for timing in run_requests(requests, GPU, launch=launch)) == [0, 1, 2]
 
 
 def test_a_failing_process_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

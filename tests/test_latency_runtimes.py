@@ -212,6 +212,32 @@ def test_a_worker_times_blocks_in_three_states_and_what_is_used_whole_in_one(nam
         assert timing.process == 1 and timing.parity < 1e-5
 
 
+def test_a_device_works_for_a_process_only_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = attached_devices()[0]
+    inside: list[bool] = []
+    happened: list[tuple[str, bool]] = []
+
+    @contextlib.contextmanager
+    def turn() -> Any:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    class Watched(CpuTimer):
+        def time(self, run: Any, *, repeats: int) -> Any:
+            happened.append(("time", bool(inside)))
+            return super().time(run, repeats=repeats)
+
+    def watched(name: str, real: Any) -> Any:
+        return lambda *args, **options: (happened.append((name, bool(inside))), real(*args, **options))[1]
+
+    monkeypatch.setattr(worker, "_expect", watched("get ready", worker._expect))
+    monkeypatch.setattr(worker, "_prepare", watched("prepare", worker._prepare))
+    request = Request(target=Target(cpu.slug, "eager"), process=0, seed=0, effort=QUICK, steps=((NETWORK,), (NETWORK, MemoryRead(2**18))))
+    assert len(list(worker.serve(request, Bench(CPU, Watched(flush_bytes=1 << 10), turn=turn), device=cpu))) == 3
+    assert set(happened) == {("get ready", False), ("prepare", True), ("time", True)}
+
+
 def test_several_threads_are_timed_in_wall_time() -> None:
     cpu = attached_devices()[0]
     bench = Bench(CPU, WallTimer(torch.zeros(1 << 14)))

@@ -258,11 +258,13 @@ def run_requests(requests: Sequence[Request], device: Device, *, launch: Launche
     """The timings of all requests as they come, each request in a process of its own.
 
     On a CPU with several cores the processes run side by side: the statistic is CPU time of one thread, and the difference was not
-    resolvable (docs/measurement.md). A GPU is one device, and wall time wants the machine for itself: there they run one after the other.
+    resolvable (docs/measurement.md). A GPU is one device: on a machine with cores to spare processes get ready side by side, and take
+    turns with it (worker.py). Wall time of several threads wants the machine for itself: there they run one after the other.
     """
     launch = launch or launch_worker
-    alone = device.kind != "cpu" or any(request.target.threads > 1 for request in requests)
-    at_once = 1 if alone else min(len(requests), os.cpu_count() or 1, 2)
+    cores = os.cpu_count() or 1
+    able = 1 if any(request.target.threads > 1 for request in requests) else min(cores, 2) if device.kind == "cpu" else min(cores // 2, 3)
+    at_once = min(len(requests), able)
     if at_once < 2:
         for request in requests:
             yield from launch(request)

@@ -5,16 +5,21 @@ Started fresh for every request by `measure.launch_worker`, so that nothing of a
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 
 from lowsearch.arch import Arch, Block, input_channels
@@ -39,6 +44,8 @@ class Bench:
 
     torch_device: torch.device
     timer: Timer
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered while the device works for this process: on a GPU one process works at a time, and others get ready on other cores."""
 
 
 class _Reading:
@@ -72,7 +79,8 @@ def open_bench(device: Device, threads: int = 1) -> Bench:
             place = torch.device("cuda", index)
             l2_bytes = torch.cuda.get_device_properties(index).L2_cache_size
             evicting = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=place)
-            return Bench(place, CudaTimer(torch.cuda, index=index, evicting=evicting))
+            lock = Path(tempfile.gettempdir()) / f"lowsearch-{getpass.getuser()}-{device.slug}-{index}.lock"
+            return Bench(place, CudaTimer(torch.cuda, index=index, evicting=evicting), turn=partial(FileLock, lock))
     raise DeviceError(
         f"device {device.slug} is attached, but this torch ({torch.__version__}) cannot use it", hint="install a torch built for CUDA"
     )
@@ -89,44 +97,68 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
 
 def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: np.random.Generator, label: str = "") -> Iterator[Timing]:
     """Prepare and check every item of `step`, then time them in interleaved rounds."""
-    prepared, refused = [], []
-    for item in step:
-        try:
-            prepared.append(_prepare(item, request.target, bench, seed=request.seed))
-        except (DeviceError, ParityError) as error:
-            if not isinstance(item, TimmNetwork):
-                raise
-            refused.append(Timing(item=item, process=request.process, hot_ms=(), step=label, refused=error.message))
+    expected = [_expect(item, request.target, seed=request.seed) for item in step]
+    prepared: list[Prepared] = []
+    refused: list[Timing] = []
+    with bench.turn():
+        while expected:
+            one = expected.pop(0)  # Nothing is kept twice in memory.
+            try:
+                prepared.append(_prepare(one, request.target, bench))
+            except (DeviceError, ParityError) as error:
+                if not isinstance(one.item, TimmNetwork):
+                    raise
+                refused.append(Timing(item=one.item, process=request.process, hot_ms=(), step=label, refused=error.message))
+        if prepared:
+            time_step(
+                prepared, bench.timer, request.effort, rng=rng,
+                again=lambda one, i: _prepare(_expect(one.item, request.target, seed=request.seed + i), request.target, bench),
+            )  # fmt: skip
     yield from refused
-    if not prepared:
-        return
-    time_step(
-        prepared, bench.timer, request.effort, rng=rng,
-        again=lambda one, i: _prepare(one.item, request.target, bench, seed=request.seed + i),
-    )  # fmt: skip
     load = load_average()
     for one in prepared:
         yield Timing(item=one.item, process=request.process, load_average=load, step=label, **one.times())
 
 
-def _prepare(item: Item, target: Target, bench: Bench, *, seed: int) -> Prepared:
-    """Compile `item` with random weights, and refuse it where the runtime computes something else than torch."""
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """An item with random weights, its input, and what torch computes of it; for a read of memory there is neither."""
+
+    item: Item
+    what: str = ""
+    module: nn.Module | None = None
+    x: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    output: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+def _expect(item: Item, target: Target, *, seed: int) -> _Expected:
+    """What is done for `item` without its device."""
     if isinstance(item, MemoryRead):
-        return Prepared(item, _Reading(item.n_bytes, bench.torch_device), parity=0.0, is_block=False)
+        return _Expected(item)
     module, channels, px, what = build(item)
     x = torch.randn(target.batch, channels, px, px, generator=torch.Generator().manual_seed(seed))
     fill_at_random(module, x, seed=seed)
-    expected = reference(module, x)
+    return _Expected(item, what, module, x, reference(module, x))
+
+
+def _prepare(expected: _Expected, target: Target, bench: Bench) -> Prepared:
+    """Compile an item for its device, and refuse it where the runtime computes something else than torch."""
+    item = expected.item
+    if expected.module is None:
+        assert isinstance(item, MemoryRead)
+        return Prepared(item, _Reading(item.n_bytes, bench.torch_device), parity=0.0, is_block=False)
     try:
         program = runtime(target.runtime).prepare(
-            module, x, precision=target.precision, device=bench.torch_device, threads=target.threads
+            expected.module, expected.x, precision=target.precision, device=bench.torch_device, threads=target.threads
         )  # fmt: skip
     except LowsearchError:
         raise
     except Exception as error:  # Whatever a compiler raises of a network that it does not know how to run.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DeviceError(f"{what}: runtime {target.runtime} cannot execute it: {reason}", hint="choose another --runtime") from error
-    parity = check_parity(program, expected, precision=target.precision, what=what)
+        raise DeviceError(
+            f"{expected.what}: runtime {target.runtime} cannot execute it: {reason}", hint="choose another --runtime"
+        ) from error
+    parity = check_parity(program, expected.output, precision=target.precision, what=expected.what)
     return Prepared(item, program, parity=parity, is_block=not isinstance(item, Network))
 
 
