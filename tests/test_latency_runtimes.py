@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowsearch.arch import Arch, Attention, Block, ConvBranch, Downsampler, Head, Lowtention, Mlp, Stage, Stem, StemConv, input_channels
 from lowsearch.errors import DeviceError, ParityError
@@ -280,50 +280,6 @@ def test_openvino_keeps_to_fp32_where_the_processor_could_round() -> None:
 # CUDA devices, played by this CPU -----------------------------------------------------------------------------------------
 
 GPU = torch.device("cuda", 1)
-
-
-class FakeCuda:
-    """`torch.cuda` as far as runtimes use it. A graph records every operator and replays them into the same memory."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def current_stream(self, device: torch.device | None = None) -> Any:
-        return SimpleNamespace(cuda_stream=4711, wait_stream=lambda other: self.said.append(f"main waits for {other.name}"), name="main")
-
-    def Stream(self) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: self.said.append(f"side waits for {other.name}"), name="side")
-
-    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
-        self.said.append(f"on {stream.name}")
-        return contextlib.nullcontext()
-
-    def CUDAGraph(self) -> FakeGraph:
-        return FakeGraph()
-
-    @contextlib.contextmanager
-    def graph(self, graph: FakeGraph):
-        self.said.append("record")
-        with graph:
-            yield
-
-
-class FakeGraph(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (out, again)), strict=True):
-                old.copy_(new)
 
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from PIL import Image
 
 from lowsearch.arch import Arch, Attention, Stage, Stem
@@ -25,7 +27,8 @@ from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.model.lowformer import build_model
 from lowsearch.train import RECIPES, Recipe, TrainResult, evaluate, recipe, train
 from lowsearch.train.checkpoint import load_tensors
-from lowsearch.train.engine import _augmented, _learning_rate_factor, _resized, _score
+from lowsearch.train.engine import _augmented, _learning_rate_factor, _resized, _Run, _score
+from lowsearch.train.recorded import Recorded
 
 
 def network(*, depth: int = 2, width: int = 8, resolution_px: int = 32) -> Arch:
@@ -73,6 +76,41 @@ def assert_same(result: TrainResult, expected: TrainResult) -> None:
     assert without_time(result.curve) == without_time(expected.curve)
     assert result.weights.keys() == expected.weights.keys()
     assert all(torch.equal(result.weights[k], expected.weights[k]) for k in expected.weights)
+
+
+# --- recorded steps ---------------------------------------------------------------------------------------------------------------
+
+
+class TrainingCuda(FakeCuda):
+    """Operators are carried out while this fake records them, which a GPU does not do: what they did to `model` is undone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Any:
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with super().graph(graph):
+            yield
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(before[name])
+
+
+def test_recorded_steps_train_the_same_weights(images: ImageData) -> None:
+    plain = dataclasses.replace(BRIEF, drop_path=0.0, mlp_dropout=0.0)
+    run = _Run(SMALL, images, plain, seed=0, checkpoint=None, device="cpu", cpu_clock=time.process_time)
+    cuda = TrainingCuda(run.model)
+    steps = 0
+
+    def step(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        return run._compute_gradients(x, labels)
+
+    run._gradients = Recorded(step, cuda)
+    assert_same(run.to(1.0, None), train(SMALL, images, plain, seed=0))
+    assert steps == Recorded.WARM_UPS + 1 < STEPS and cuda.said[-1] == "record", "Python ran to warm up and to record, and never again"
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------------------
@@ -360,3 +398,14 @@ def test_splits_are_not_modified_by_training(images: ImageData) -> None:
     before = images.data_hash
     train(SMALL, images, dataclasses.replace(BRIEF, epochs=1), seed=0)
     assert dataclasses.replace(images, train=Split(images=images.train.images, labels=images.train.labels)).data_hash == before
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_trains_as_well_from_a_recording(images: ImageData) -> None:
+    plain = dataclasses.replace(BRIEF, drop_path=0.0, mlp_dropout=0.0)
+    recorded = train(SMALL, images, plain, seed=0, device="cuda")
+    run = _Run(SMALL, images, plain, seed=0, checkpoint=None, device="cuda", cpu_clock=time.process_time)
+    run._gradients = run._compute_gradients
+    step_by_step = run.to(1.0, None)
+    assert [point.train_loss for point in recorded.curve] == pytest.approx([point.train_loss for point in step_by_step.curve], rel=1e-3)
+    assert evaluate(recorded.model(), images.test, 32, device="cuda") == pytest.approx(step_by_step.val_accuracy, abs=0.2)

@@ -26,6 +26,7 @@ from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
 from lowsearch.errors import DataError, UsageError
 from lowsearch.train.checkpoint import load_checkpoint, save_tensors
 from lowsearch.train.recipe import Recipe
+from lowsearch.train.recorded import Recorded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -183,6 +184,9 @@ class _Run:
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+        # Dropout draws anew in every step, which a recording would have to be told; the recipes of small networks have none.
+        recorded = device != "cpu" and recipe.drop_path == recipe.mlp_dropout == 0
+        self._gradients = Recorded(self._compute_gradients, torch.cuda) if recorded else self._compute_gradients
         self.average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state().items()}
 
         self.step = 0
@@ -218,7 +222,6 @@ class _Run:
 
     def _train_step(self) -> None:
         import torch
-        import torch.nn.functional as F
 
         recipe = self.recipe
         epoch, position = divmod(self.step, self.steps_per_epoch)
@@ -231,11 +234,8 @@ class _Run:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _learning_rate_factor(self.step, self.total_steps, recipe.warmup_fraction)
-        loss = F.cross_entropy(self.model(x_BCHW), self.train_labels[chosen], label_smoothing=recipe.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
-        loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()  # A GPU is waited for once.
+        loss, norm = self._gradients(x_BCHW, self.train_labels[chosen])
+        loss_value, norm_value = torch.stack([loss, norm]).tolist()  # A GPU is waited for once.
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             _log.warning(
                 "%s diverged at step %d of %d (recipe %s, seed %d)", self.arch.arch_id, self.step, self.total_steps, recipe.name, self.seed
@@ -246,6 +246,16 @@ class _Run:
         self._update_average()
         self.loss_sum += loss_value
         self.loss_steps += 1
+
+    def _compute_gradients(self, x_BCHW: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave clipped gradients in the parameters; the loss, and the gradients' norm before it was clipped."""
+        import torch
+        import torch.nn.functional as F
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(x_BCHW), labels, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        return loss.detach(), torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
 
     def _update_average(self) -> None:
         import torch
