@@ -259,17 +259,19 @@ class _Run:
 
     def _update_average(self) -> None:
         import torch
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
 
         if self.average is None or self.recipe.ema_decay is None:
             return
         # The decay warms up, or the first weights, which know nothing, would weigh on a short training.
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         state = self._state()
-        learned = [name for name, value in self.average.items() if value.is_floating_point()]
-        counted = [name for name in self.average if name not in set(learned)]
+        floating = [name for name, value in self.average.items() if value.is_floating_point()]
         with torch.no_grad():
-            torch._foreach_lerp_([self.average[name] for name in learned], [state[name] for name in learned], 1 - decay)
-            torch._foreach_copy_([self.average[name] for name in counted], [state[name] for name in counted])
+            # All at once: a GPU has a launch, not one for every tensor.
+            get_ema_multi_avg_fn(decay)([self.average[name] for name in floating], [state[name] for name in floating], None)
+            for name in self.average.keys() - set(floating):
+                self.average[name].copy_(state[name])
 
     def _evaluate(self) -> None:
         if self.diverged:
