@@ -386,7 +386,9 @@ def insights(
 @app.command()
 def run(
     context: typer.Context,
-    objective: Annotated[str, typer.Option("--objective", help="Names joined by '-': acc, latency, macs, params.")] = "acc-latency",
+    objective: Annotated[
+        str, typer.Option("--objective", help="Names joined by '-': acc, latency, throughput, imagetime, memory, size, macs, params.")
+    ] = "acc-latency",
     device: DeviceOption = "cpu",
     runtime: RuntimeOption = "onnxruntime",
     space: SpaceOption = "lowformer-micro",
@@ -397,10 +399,14 @@ def run(
     trials: Annotated[int | None, typer.Option("--trials", help="Networks to propose, instead of a time.")] = None,
     study: Annotated[str | None, typer.Option("--study", help="Name of the study's folder; default: the objective.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    maximum: Annotated[list[str] | None, typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3.")] = None,
-    minimum: Annotated[list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8.")] = None,
+    maximum: Annotated[
+        list[str] | None, typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3 or peak_memory_mb=20.")
+    ] = None,
+    minimum: Annotated[
+        list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8 or throughput_ips=500.")
+    ] = None,
     confidence: Annotated[
-        float, typer.Option("--confidence", help="With which a network has to keep a latency limit before it is tried.")
+        float, typer.Option("--confidence", help="With which a network has to keep a limit on latency or throughput before it is tried.")
     ] = 0.9,
     sampler: Annotated[
         str, typer.Option("--sampler", help="What proposes networks: lowsearch, nsga2, nsga3, tpe, gp, random or exhaustive.")
@@ -429,6 +435,7 @@ def run(
 
     from lowsearch import locations
     from lowsearch.report.page import build_report
+    from lowsearch.report.study_files import read_study
     from lowsearch.search.objectives import parse_limits
     from lowsearch.search.settings import StudySettings, stored_settings
     from lowsearch.search.study import run as run_study
@@ -454,7 +461,7 @@ def run(
     if as_json:
         _print_json({"study": folder.name, "front": result.front, "summary": result.summary, "report": str(page)})
         return
-    _print_front(folder.name, result.front)
+    _print_front(read_study(folder), result.front)
     if settings.accuracy == "published":
         from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 
@@ -502,14 +509,15 @@ def show_study(study: StudyName, as_json: JsonFlag = False) -> None:
     from lowsearch.report.study_files import read_study
     from lowsearch.report.study_tools import show
 
-    found = show(read_study(_study_folder(study)))
+    files = read_study(_study_folder(study))
+    found = show(files)
     if as_json:
         _print_json(found)
         return
     values = {**found["settings"], "limits": ", ".join(found["settings"]["limits"] or ()) or "none"}
     values |= {name: found[name] for name in ("created", "scored", "finalists", "hypervolume")}
     _print_table(f"Study {found['name']}", ["what", "value"], [[name, _plain(value)] for name, value in values.items()])
-    _print_front(found["name"], found["front"])
+    _print_front(files, found["front"])
 
 
 @studies.command("export")
@@ -615,6 +623,7 @@ def explain(
             ],
         )  # fmt: skip
     total = f"total {found.latency_ms:.4g} ± {found.latency_std_ms:.2g} ms ({found.latency_source}), {found.macs / 1e6:.4g} MMACs"
+    total += f", peak memory {found.peak_memory_mb:.3g} MB, file {found.artifact_mb:.3g} MB"
     if found.score is not None and found.score_std is not None and found.score_source == "estimated":
         total += f", accuracy {100 * found.score:.1f} ± {100 * found.score_std:.1f} % (estimated)"
     typer.echo(f"{total}\n")
@@ -867,7 +876,12 @@ def _network(name: str) -> Any:
     return preset(name)
 
 
-def _print_front(study: str, front: Sequence[Mapping[str, Any]]) -> None:
+def _print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
+    """`study`: its files. Metrics beyond the usual ones are shown where it has objectives or limits on them."""
+    from lowsearch.report.tables import UNITS, asked_metrics
+
+    headings = {"throughput_ips": "images/s", "time_per_image_ms": "ms/image", "peak_memory_mb": "memory MB", "artifact_mb": "file MB"}
+    asked = [metric for metric in UNITS if metric in headings and metric in asked_metrics(study)]
     trained = any(row.get("test_accuracy") is not None for row in front)
     rows = [
         {"network": row.get("name") or row["arch_id"], "origin": row["origin"]}
@@ -879,11 +893,12 @@ def _print_front(study: str, front: Sequence[Mapping[str, Any]]) -> None:
             else {}
         )
         | {"latency_ms": row["latency_ms"], "±": row["latency_std_ms"], "source": row["latency_source"]}
+        | {headings[metric]: row.get(metric) for metric in asked}
         | {"MMACs": row["macs"] / 1e6, "Mparams": row["params"] / 1e6, "px": row["resolution_px"]}
         for row in sorted(front, key=lambda row: row["latency_ms"])
     ]
     if rows:
-        _print_rows(f"Front of {study}: {len(rows)} networks", rows)
+        _print_rows(f"Front of {study.name}: {len(rows)} networks", rows)
     else:
         _tell("the front is empty: no network kept the limits")
 

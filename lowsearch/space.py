@@ -4,7 +4,8 @@ A space is a YAML file that lists the choices of every setting (docs/spaces.md).
 vector of choice indices, and populations are arrays (n, n_genes) of int8. Genomes are canonical: a gene without effect (the stride of
 an attention that is off, the kernel of a stage without blocks) is 0, so equal networks are equal vectors.
 For speed a space compiles into slots: places in the network where a block may stand. The genes that a slot's block depends on index a
-dense array, so that the sum of any per-block value over a population is a gather and a sum (`block_sums`).
+dense array, so that the sum of any per-block value over a population is a gather and a sum (`block_sums`), and its largest a gather and
+a maximum (`block_maxima`).
 """
 
 from __future__ import annotations
@@ -260,25 +261,33 @@ class SearchSpace:
 
         `values` is (n_blocks, k), a row for every block of `blocks`. Scoring costs well under a microsecond a network.
         """
+        return self._scorer(values, np.add, self._compiled.count_of_entry)
+
+    def block_maxima(self, values: np.ndarray) -> Scorer:
+        """As `block_sums`, but the largest of each column of `values` over the network's blocks; `values` are 0 or more."""
+        return self._scorer(values, np.maximum, self._compiled.count_of_entry > 0)
+
+    def _scorer(self, values: np.ndarray, combine: np.ufunc, factors: np.ndarray) -> Scorer:
+        """`combine` over the slots of `values` times what `factors` (n_entries,) says of an entry; an empty slot counts 0."""
         compiled = self._compiled
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 2 or len(values) != len(compiled.blocks):
             raise ValueError(f"values has shape {values.shape}, expected ({len(compiled.blocks)}, k)")
         padded = np.vstack([values, np.zeros((1, values.shape[1]))])  # The last row, index -1: no block in this slot.
-        flat = np.ascontiguousarray(padded[compiled.block_of_entry] * compiled.count_of_entry[:, None])
+        flat = np.ascontiguousarray(padded[compiled.block_of_entry] * factors[:, None])
 
         def score(genomes: np.ndarray) -> np.ndarray:
             genomes = np.asarray(genomes)
-            sums = np.empty((len(genomes), flat.shape[1]))
+            combined = np.empty((len(genomes), flat.shape[1]))
             for start in range(0, len(genomes), _CHUNK):
                 rows = genomes[start : start + _CHUNK]
                 # Exact in float64, and a float product runs on BLAS where an integer one does not.
                 entries = (rows.astype(np.float64) @ compiled.weights + compiled.offsets).astype(np.intp)
                 total = flat[entries[:, 0]]
                 for slot in range(1, entries.shape[1]):
-                    total += flat[entries[:, slot]]
-                sums[start : start + len(rows)] = total
-            return sums
+                    combine(total, flat[entries[:, slot]], out=total)
+                combined[start : start + len(rows)] = total
+            return combined
 
         return score
 

@@ -195,6 +195,7 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         fit=lambda records: FakeScorer(records) if len(records) >= 4 else None,
         train_final=train_final,
         measure=measure if attached else None,
+        batch=settings.batch,
         facts={"device_name": "a fake device", "images": {"train": 8000, "val": 1000, "test": 2000}},
     )
 

@@ -165,7 +165,17 @@ def test_descent_finds_the_exact_least_macs_of_a_space_too_large_to_list():
     assert cost.count(MICRO.decode(genome)).macs == least_macs()
 
 
-@pytest.mark.parametrize("texts", [["latency_ms=0.001"], ["macs=1e4"], ["params=1000", "latency_ms=0.5"]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["latency_ms=0.001"],
+        ["macs=1e4"],
+        ["params=1000", "latency_ms=0.5"],
+        ["time_per_image_ms=0.001"],
+        ["peak_memory_mb=0.01"],
+        ["artifact_mb=0.01"],
+    ],
+)
 @pytest.mark.parametrize("space", ["tiny", "micro"])
 def test_the_bound_that_the_error_offers_is_kept_and_no_tighter_one(texts, space):
     estimator = TINY_ESTIMATOR if space == "tiny" else Estimator(MICRO, SlowMicro())
@@ -179,6 +189,16 @@ def test_the_bound_that_the_error_offers_is_kept_and_no_tighter_one(texts, space
     tighter = [f"{name}={0.98 * float(value)}" for name, value in offered.items()]
     with pytest.raises(StudyError):
         feasible.check_limits(estimator, parse_limits(maxima=tighter))
+
+
+def test_the_throughput_that_the_error_offers_is_kept_and_no_higher_one():
+    estimator = Estimator(TINY, fakes.FakeLatency(), batch=8)
+    with pytest.raises(StudyError, match=r"throughput_ips .* ± ") as caught:
+        feasible.check_limits(estimator, parse_limits(minima=["throughput_ips=1e9"]))
+    (offered,) = re.findall(r"--min throughput_ips=(\S+)", caught.value.hint or "")
+    feasible.check_limits(estimator, parse_limits(minima=[f"throughput_ips={offered}"]))
+    with pytest.raises(StudyError):
+        feasible.check_limits(estimator, parse_limits(minima=[f"throughput_ips={1.02 * float(offered)}"]))
 
 
 def test_limits_that_contradict_each_other_name_the_network_that_comes_nearest():

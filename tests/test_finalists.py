@@ -293,6 +293,27 @@ def test_how_many_proposals_broke_their_limit_and_by_how_much(tmp_path, factor, 
     assert broken == 0 or check.worst_excess == pytest.approx(max(float(row["latency_ms"]) for row in own) / 0.4 - 1, rel=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["throughput_ips", "time_per_image_ms"])
+def test_a_limit_on_throughput_or_time_per_image_is_checked_on_the_measured_latency(tmp_path, metric):
+    found = make_candidates(40)
+    middle_ms = float(np.median([ms([SPACE.decode(c.genome)])[0] for c in found if c.origin != "family"]))
+    bound, side = (8000 / middle_ms, "minima") if metric == "throughput_ips" else (middle_ms / 8, "maxima")
+    limits = parse_limits(**{side: [f"{metric}={bound!r}"]}, confidence=0.5)
+    as_latency = parse_limits(maxima=[f"latency_ms={middle_ms!r}"], confidence=0.5)
+    made = []
+    for name, wanted in (("other", limits), ("latency", as_latency)):
+        settings = dataclasses.replace(SETTINGS, limits=wanted, batch=8)
+        (tmp_path / name).mkdir()
+        check, rows = finish(tmp_path / name, settings, found, batch=8)
+        assert 0 < check.broken < check.limited
+        for row in rows:
+            assert float(row["throughput_ips"]) == pytest.approx(8000 / float(row["latency_ms"]), rel=1e-6)
+            assert float(row["time_per_image_ms"]) == pytest.approx(float(row["latency_ms"]) / 8, rel=1e-6)
+            assert float(row["limit_ms"]) == pytest.approx(middle_ms, rel=1e-6)
+        made.append((check.limited, check.broken, [(row["arch_id"], row["over_limit"]) for row in rows]))
+    assert made[0] == made[1]
+
+
 def test_the_standard_error_joins_the_draw_of_images_and_the_spread_of_two_seeds(tmp_path):
     _, rows = finish(tmp_path, dataclasses.replace(SETTINGS, final_seeds=2), make_candidates(10))
     trainings = [json.loads((tmp_path / "models" / row["arch_id"] / "metrics.json").read_text())["trainings"] for row in rows]

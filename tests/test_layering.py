@@ -21,7 +21,7 @@ LINES = (
     {"train"},
     {"data"},
     {"model"},
-    {"space", "cost"},
+    {"space", "cost", "footprint"},
     {"presets", "published"},
     {"arch", "locations", "files"},
     {"errors"},

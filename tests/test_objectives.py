@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowsearch.errors import UsageError
-from lowsearch.search.objectives import Limit, Objectives, parse_limits, parse_objectives
+from lowsearch.search.objectives import LATENCY_METRICS, Limit, Objectives, of_latency, parse_limits, parse_objectives
 
 
 def test_names_joined_by_dashes_become_objectives_with_direction_and_unit():
@@ -34,6 +34,9 @@ def test_accuracy_comes_first_wherever_it_is_typed():
         ("acc", "one objective alone", "--objective acc-latency"),
         ("latency", "one objective alone", "--objective latency-acc"),
         ("acc-latency-macs-params", "4 objectives", "limit"),
+        ("acc-latency-throughput", "latency and throughput in 'acc-latency-throughput' are one axis", "--objective acc-latency"),
+        ("imagetime-throughput", "are one axis", "--objective acc-imagetime"),
+        ("acc-memroy", "unknown objective 'memroy'", "write 'memory'"),
         ("", "unknown objective ''", "join names"),
         ("acc-", "unknown objective ''", "join names"),
         ("acc latency", "unknown objective 'acc latency'", ""),
@@ -53,7 +56,7 @@ def test_costs_are_minimised_with_latency_in_log_ms():
     assert objectives.costs(np.array([[0.9, 1.0], [0.5, np.e]])) == pytest.approx(by_name)
 
 
-@pytest.mark.parametrize("text", ["acc-latency", "acc-macs-params", "latency-params"])
+@pytest.mark.parametrize("text", ["acc-latency", "acc-macs-params", "latency-params", "acc-throughput-memory", "imagetime-size"])
 def test_a_better_value_has_a_lower_cost_in_its_column_only(text):
     objectives: Objectives = parse_objectives(text)
     value = np.full((1, len(objectives)), 0.5)
@@ -92,6 +95,9 @@ def test_excess_is_the_distance_beyond_the_bound():
         (["latency_ms=inf"], [], "is not a number"),
         (["latency_ms=-3"], [], "latency_ms is positive"),
         (["params=0"], [], "params is positive"),
+        (["peak_memory_mb=0"], [], "peak_memory_mb is positive"),
+        ([], ["throughput=100"], "unknown metric 'throughput'"),
+        (["throughput_ips=1"], ["throughput_ips=2"], "no throughput_ips is at least 2 and at most 1"),
         ([], ["accuracy=80"], "accuracy is a fraction"),
         ([], ["accuracy=-0.1"], "accuracy is a fraction"),
         (["macs=1e6", "macs=2e6"], [], "given twice"),
@@ -123,6 +129,31 @@ def test_a_surer_limit_lets_fewer_networks_through():
     # Normal quantiles: 0, 1.2816 and 2.3263 standard deviations below the bound.
     for confidence, deviations in ((0.5, 0.0), (0.9, 1.2816), (0.99, 2.3263)):
         assert fastest_refused[confidence] == pytest.approx(3 - deviations * 0.2, abs=0.011)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_limits_on_throughput_and_time_per_image_are_the_limit_on_latency_they_amount_to(batch, confidence):
+    from lowsearch.search.estimates import Estimates, excess
+
+    rng = np.random.default_rng(0)
+    latency_ms = rng.uniform(0.5, 6, 500)
+    std_ms = latency_ms * rng.uniform(0, 0.8, 500)
+    estimates = Estimates(
+        {metric: of_latency(metric, latency_ms, batch) for metric in LATENCY_METRICS}, {"latency_ms": std_ms}, batch=batch
+    )  # fmt: skip
+
+    def kept(**sides):
+        limits = parse_limits(**sides, confidence=confidence)
+        return (excess(estimates, limits) == 0).tolist(), limits[0].caps_latency, limits[0].bound_ms(batch)
+
+    slowest = kept(maxima=["latency_ms=3"])
+    assert slowest[1:] == (True, 3.0) and 0 < sum(slowest[0]) < 500
+    assert kept(minima=[f"throughput_ips={1000 * batch / 3!r}"]) == (slowest[0], True, pytest.approx(3.0))
+    assert kept(maxima=[f"time_per_image_ms={3 / batch!r}"]) == (slowest[0], True, pytest.approx(3.0))
+    fastest = kept(minima=["latency_ms=3"])
+    assert fastest[1:] == (False, 3.0) and 0 < sum(fastest[0]) < 500
+    assert kept(maxima=[f"throughput_ips={1000 * batch / 3!r}"]) == (fastest[0], False, pytest.approx(3.0))
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.49, 1.0, 1.5, float("nan")])

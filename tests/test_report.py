@@ -325,6 +325,26 @@ def test_limits_count_the_searchs_own_networks_and_name_the_worst():
     assert limits.worst_excess == pytest.approx(0.2)
 
 
+def test_throughput_is_an_axis_on_which_more_is_better():
+    batch, ms = 8, (1.0, 2.0, 4.0)
+    values = [{"throughput_ips": 1000 * batch / x, "time_per_image_ms": x / batch, "limit_ms": 3.0, "peak_memory_mb": 12.5} for x in ms]
+    finalists = [final(str(i), ms=x, val=0.7 + 0.05 * i, on_front=True, **values[i]) for i, x in enumerate(ms)]
+    study = study_of(*finalists, objective="acc-throughput", batch=batch, limits=["peak_memory_mb <= 20"])
+    x, y = tables.plot_axes(study, "validation")
+    assert (x.title, y.title) == ("Throughput, images/s", "Validation accuracy, %")
+    assert x.std(finalists[1]) / x.value(finalists[1]) == pytest.approx(finalists[1].latency_std_ms / 2.0)
+    assert [n.arch_id for n in tables.non_dominated(study, finalists)] == ["0", "1", "2"]
+    at, text = tables.limit_on(study, x)
+    assert at == pytest.approx(8000 / 3) and text == "limit 2667 images/s"
+    assert tables.limit_on(study, y) is None
+    drawn = figures.front_figure(study, split="validation")
+    front = next(trace for trace in drawn.data if trace.name == "Final front")
+    assert list(front.x) == [2000, 4000, 8000] and front.line.shape == "vh"  # What is dominated lies to the left of each point.
+    assert tables.asked_metrics(study) == {"accuracy", "throughput_ips", "peak_memory_mb"}
+    table = sections._networks(study)
+    assert "Peak memory" in table and "12.5 MB" in table and "4000 images/s" in table and "File size" not in table
+
+
 def test_prediction_error_is_of_measured_networks_only():
     measured = [final(str(i), ms=ms, val=0.9, predicted_latency_ms=1.0) for i, ms in enumerate((0.9, 1.02, 1.3))]
     from_table = final("t", ms=5.0, val=0.9, predicted_latency_ms=1.0, latency_source="table")

@@ -86,6 +86,15 @@ def test_block_sums_equal_the_sum_over_each_networks_blocks(space: SearchSpace) 
     np.testing.assert_allclose(space.block_sums(values)(genomes), expected, rtol=1e-12)
 
 
+def test_block_maxima_are_the_largest_over_each_networks_blocks(space: SearchSpace) -> None:
+    rng = np.random.default_rng(2)
+    genomes = space.sample(150, rng=rng)
+    values = rng.random((len(space.blocks), 2))
+    value_of = dict(zip(space.blocks, values, strict=True))
+    expected = [np.max([value_of[block] for block in space.decode(genome).blocks()], axis=0) for genome in genomes]
+    assert (space.block_maxima(values)(genomes) == np.array(expected)).all()
+
+
 def test_blocks_are_all_reachable_and_distinct() -> None:
     space = SearchSpace.from_yaml(TINY)
     everything = np.array(list(itertools.product(*(range(n) for n in space.cardinalities))), dtype=np.int8)

@@ -18,18 +18,20 @@ import numpy as np
 import optuna
 import pytest
 
+from lowsearch import footprint
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report.study_files import read_study
 from lowsearch.search import refinement
 from lowsearch.search import study as studies
 from lowsearch.search.explain import Change
 from lowsearch.search.objectives import parse_limits
+from lowsearch.search.outputs import StudyFiles
 from lowsearch.search.promotion import may_go_on, slice_edges
 from lowsearch.search.refinement import Lead
 from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
 from lowsearch.search.storage import candidates, enqueue, n_proposals, open_study, reclaim
 from lowsearch.search.study import Clock, run
-from lowsearch.search.worker import SearchWorker
+from lowsearch.search.worker import Plan, SearchWorker
 
 FAKES = Path(__file__).with_name("study_fakes.py")
 _spec = importlib.util.spec_from_file_location("study_fakes", FAKES)
@@ -116,6 +118,23 @@ def test_trial_values_are_the_estimate_and_the_predicted_latency(searched):
     study = open_study(folder, StudySettings().objectives)
     for c, trial in zip(found, study.get_trials(), strict=True):
         assert trial.values == [c.accuracy, pytest.approx(fakes.FakeLatency().predict(c.genome[None])[0][0])]
+
+
+@pytest.mark.parametrize("objective", ["acc-throughput", "acc-imagetime", "acc-memory-size", "latency-memory"])
+def test_every_objective_is_searched_and_its_column_written(tmp_path, objective):
+    folder, settings = tmp_path / "study", StudySettings(trials=3, workers=1, objective=objective, batch=4, sampler="lowsearch")
+    found = search(folder, settings)
+    assert sum(c.state == "complete" and c.origin != "family" for c in found) == 3
+    study = open_study(folder, settings.objectives)
+    StudyFiles(folder, settings, fakes.make_parts(folder, settings), Plan.read(folder).reference_costs).refresh(found)
+    metrics = [metric for metric in settings.objectives.metrics if metric != "accuracy"]
+    for row, trial in zip(rows(folder / "candidates.csv"), study.get_trials(), strict=True):
+        assert [float(row[metric]) for metric in metrics] == pytest.approx(trial.values[-len(metrics) :], rel=1e-6)
+        arch = SPACE.decode(np.array(row["genome"].split(), dtype=np.int8))
+        assert float(row["peak_memory_mb"]) == pytest.approx(footprint.peak_memory_mb(arch, batch=4), rel=1e-6)
+        assert float(row["artifact_mb"]) == pytest.approx(footprint.artifact_mb(arch), rel=1e-6)
+        assert float(row["throughput_ips"]) == pytest.approx(4000 / float(row["latency_ms"]), rel=1e-6)
+    assert float(rows(folder / "hypervolume.csv")[-1]["hypervolume"]) > 0
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS[1:])

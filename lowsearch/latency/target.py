@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lowsearch.errors import DeviceError
+from lowsearch.footprint import Precision
 from lowsearch.latency.machine import cpu_detail, cpu_facts, cpu_name, governor, load_average, query, system_name
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 DeviceKind = Literal["cpu", "cuda", "absent"]
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")

@@ -51,12 +51,10 @@ def front_figure(study: StudyFiles, *, split: str) -> go.Figure:
     for trace in (trace for trace in traces if trace.text):  # A name to the right of the rightmost points would leave the plot.
         trace.textposition = [f"bottom {'left' if value > 0.7 * widest else 'right'}" for value in trace.x or ()]
     figure = go.Figure(traces)
-    limit_ms = tables.limits(study).limit_ms
-    if math.isfinite(limit_ms) and x is tables.AXES["latency_ms"]:
-        figure.add_shape(type="line", x0=limit_ms, x1=limit_ms, y0=0, y1=1, yref="paper", line={"width": 1, "dash": "dash"})
-        figure.add_annotation(
-            x=math.log10(limit_ms), y=1, yref="paper", text=f"limit {limit_ms:g} ms", showarrow=False, xanchor="left", yanchor="top"
-        )
+    if (limit := tables.limit_on(study, x)) is not None:
+        at, text = limit
+        figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line={"width": 1, "dash": "dash"})
+        figure.add_annotation(x=math.log10(at), y=1, yref="paper", text=text, showarrow=False, xanchor="left", yanchor="top")
     figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
     figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
     return _styled(figure, legend=LEGEND)
@@ -105,7 +103,7 @@ def _steps(name: str, role: str, front: Sequence[Network], x: Axis, y: Axis, das
         y=[y.value(network) for network in known],
         name=name,
         mode="lines",
-        line={"shape": "hv", "width": 2 if dash == "solid" else 1.5, "dash": dash},
+        line={"shape": "vh" if x.more_is_better else "hv", "width": 2 if dash == "solid" else 1.5, "dash": dash},
         hoverinfo="skip",
         legendgroup=role if role == "family" else None,
         showlegend=dash == "solid",  # The dotted line goes with the markers of its group.

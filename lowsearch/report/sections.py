@@ -12,6 +12,7 @@ from lowsearch import __version__
 from lowsearch.report import tables
 from lowsearch.report.study_files import Network, StudyFiles
 from lowsearch.report.tables import Estimate, FamilyComparison, PredictionError, duration, milliseconds, percent, plus_minus
+from lowsearch.search.objectives import OBJECTIVES, Metric
 
 SOURCES = {
     "measured": "timed on the device itself, in fresh processes, as a whole network or as a single block",
@@ -25,7 +26,8 @@ SOURCES = {
     "prior:published": "the trend of published accuracies of other networks: a score in place of accuracy, not an accuracy",
 }
 READING = (
-    "Latency is the time of one forward pass at the stated batch. The front is the set of networks that no other beats in all objectives. "
+    "Latency is the time of one forward pass at the stated batch; throughput and time per image follow from it. Peak memory and file size "
+    "are worked out from the architecture, not measured. The front is the set of networks that no other beats in all objectives. "
     "In stage tables ×4 is an expansion and g2 means two groups; Lowtention ÷2 runs at half the resolution, c0.5 at half the channels. "
     "Errors of differences treat networks as independent; they were read on the same test images, so the true errors are somewhat smaller."
 )
@@ -55,7 +57,7 @@ def body(study: StudyFiles) -> str:
 
 
 def _header(study: StudyFiles) -> str:
-    words = {"acc": "accuracy", "latency": "latency", "macs": "MACs", "params": "parameters"}
+    words = {name: objective.word for name, objective in OBJECTIVES.items()}
     if source := tables.stand_in(study):
         stand_in = tables.STAND_INS[source]
         words["acc"] = f"{words.get(stand_in, stand_in)} (in place of accuracy)"
@@ -397,7 +399,7 @@ def _background(study: StudyFiles) -> str:
     cards = []
     if study.hypervolume:
         note = (
-            "What the networks known so far dominate, up to the study's fixed reference point, on validation images with latency in log ms."
+            "What the networks known so far dominate, up to the study's fixed reference point, on validation images; costs are logarithms."
         )
         cards.append(_plot_card("Hypervolume over time", note, "hypervolume"))
     cost = tables.cost_against_latency(tables.cost_networks(study))
@@ -429,13 +431,20 @@ def _networks(study: StudyFiles) -> str:
         note += f" Standard error of accuracy: {escape('; '.join(origins))}."
     columns = [
         ("Network", ""), ("Origin", ""), ("On front", ""), ("Test accuracy", "number"), ("Validation accuracy", "number"),
-        ("Latency", "number"), ("Predicted latency", "number"), ("Sources", ""), ("MACs", "number"), ("Parameters", "number"),
-        ("Pixels", "number"),
+        ("Latency", "number"), ("Predicted latency", "number"), ("Sources", ""), *((word, "number") for word, _ in _asked(study)),
+        ("MACs", "number"), ("Parameters", "number"), ("Pixels", "number"),
     ]  # fmt: skip
     front = {network.arch_id for network in tables.best_known_front(study)}
     by_latency = sorted(networks, key=lambda network: network.latency_ms)
     rows = "".join(_network_row(study, network, on_front=network.arch_id in front) for network in by_latency)
     return _table_section(title, note, _head(columns, sortable=True), rows, style=' class="sortable"')
+
+
+def _asked(study: StudyFiles) -> list[tuple[str, Metric]]:
+    """What the table shows beyond its usual columns, by its heading: the other metrics that the study has objectives or limits on."""
+    usual = ("accuracy", "latency_ms", "macs", "params")
+    asked = tables.asked_metrics(study)
+    return [(o.word.capitalize(), o.metric) for o in OBJECTIVES.values() if o.metric in asked and o.metric not in usual]
 
 
 def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
@@ -448,6 +457,10 @@ def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
         _cell(milliseconds(network.latency_ms, network.latency_std_ms), "number", network.latency_ms),
         _cell(milliseconds(network.predicted_latency_ms), "number", network.predicted_latency_ms),
         _cell(escape(", ".join(filter(None, (network.accuracy_source, network.latency_source)))), "mark"),
+        *(
+            _cell(tables.amount(getattr(network, metric), tables.UNITS[metric]), "number", getattr(network, metric))
+            for _, metric in _asked(study)
+        ),
         _cell(tables.count(network.macs), "number", network.macs),
         _cell(tables.count(network.params), "number", network.params),
         _cell(tables.count(network.resolution_px), "number", network.resolution_px),

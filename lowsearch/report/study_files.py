@@ -48,6 +48,10 @@ class Network:
     predicted_latency_ms: float = NAN
     limit_ms: float = NAN
     over_limit: bool = False
+    throughput_ips: float = NAN
+    time_per_image_ms: float = NAN
+    peak_memory_mb: float = NAN
+    artifact_mb: float = NAN
     macs: float = NAN
     params: float = NAN
     resolution_px: float = NAN
@@ -255,6 +259,10 @@ def _network(row: _Row) -> Network:
         predicted_latency_ms=row.number("predicted_latency_ms", least=0),
         limit_ms=row.number("limit_ms", least=0),
         over_limit=row.flag("over_limit"),
+        throughput_ips=row.number("throughput_ips", least=0),
+        time_per_image_ms=row.number("time_per_image_ms", least=0),
+        peak_memory_mb=row.number("peak_memory_mb", least=0),
+        artifact_mb=row.number("artifact_mb", least=0),
         macs=row.number("macs", least=0),
         params=row.number("params", least=0),
         resolution_px=row.number("resolution_px", least=0),

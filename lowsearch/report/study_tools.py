@@ -156,12 +156,15 @@ def _caveats(first: StudyFiles, second: StudyFiles, fronts: Sequence[Sequence[Ne
     def differ(names: Sequence[str]) -> list[str]:
         return [name for name in names if first.settings.get(name) != second.settings.get(name)]
 
-    if "latency_ms" in metrics and differ(TARGET):
+    timed = tables.objectives(first).latency_metric is not None
+    if timed and differ(TARGET):
         found.append(f"latencies of different targets ({', '.join(differ(TARGET))})")
+    if {"peak_memory_mb", "artifact_mb"} & {*metrics} and differ(("precision", "batch")):
+        found.append(f"memory and size at different {' and '.join(differ(('precision', 'batch')))}")
     if "accuracy" in metrics and differ(("data_hash", "recipe", "accuracy")):
         found.append(f"accuracies of different {', '.join(differ(('data_hash', 'recipe', 'accuracy')))}")
     sources = [Counter(n.latency_source for n in front) for front in fronts]
-    if "latency_ms" in metrics and set(sources[0]) != set(sources[1]):
+    if timed and set(sources[0]) != set(sources[1]):
         found.append(f"latencies {' and '.join(sources[0])} against {' and '.join(sources[1])}")
     if tables.finals_are_known(first) != tables.finals_are_known(second):
         found.append("one front is trained, the other is the search's estimate")

@@ -17,7 +17,7 @@ import numpy as np
 
 from lowsearch.report.study_files import NAN, Network, StudyFiles
 from lowsearch.search import pareto
-from lowsearch.search.objectives import Metric, Objectives, parse_objectives
+from lowsearch.search.objectives import LATENCY_METRICS, METRICS, OBJECTIVES, Metric, Objectives, of_latency, parse_objectives
 
 MEASURED = "measured"
 
@@ -47,13 +47,21 @@ class Axis:
     value: Callable[[Network], float]
     std: Callable[[Network], float] = lambda network: NAN
     log: bool = True
+    more_is_better: bool = False
 
 
-AXES = {
+AXES: dict[Metric, Axis] = {
     "latency_ms": Axis("Latency, ms", lambda n: n.latency_ms, lambda n: n.latency_std_ms),
+    "throughput_ips": Axis(
+        "Throughput, images/s", lambda n: n.throughput_ips, lambda n: n.throughput_ips * relative_std(n), more_is_better=True
+    ),
+    "time_per_image_ms": Axis("Time per image, ms", lambda n: n.time_per_image_ms, lambda n: n.time_per_image_ms * relative_std(n)),
+    "peak_memory_mb": Axis("Peak memory, MB", lambda n: n.peak_memory_mb),
+    "artifact_mb": Axis("File size, MB", lambda n: n.artifact_mb),
     "macs": Axis("MACs, millions", lambda n: n.macs / 1e6),
     "params": Axis("Parameters, thousands", lambda n: n.params / 1e3),
 }
+UNITS: dict[Metric, str] = {objective.metric: objective.unit for objective in OBJECTIVES.values()}
 STANDARD_ERRORS_TO_BEAT = 2.0
 """A hand-made network counts as beaten where one network is better by more than this in both accuracy and latency."""
 
@@ -147,7 +155,7 @@ def objectives(study: StudyFiles) -> Objectives:
 def search_values(network: Network) -> dict[Metric, float]:
     """The values that the search's objectives read; what stands in for accuracy where there is none."""
     accuracy = network.val_accuracy if math.isfinite(network.val_accuracy) else network.score
-    return {"accuracy": accuracy, "latency_ms": network.latency_ms, "macs": network.macs, "params": network.params}
+    return {"accuracy": accuracy, **{metric: getattr(network, metric) for metric in METRICS if metric != "accuracy"}}
 
 
 def scored_candidates(study: StudyFiles) -> list[Network]:
@@ -184,11 +192,38 @@ def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
     A study of accuracy and one cost has that cost on the horizontal axis; with more costs, or without accuracy, latency has precedence.
     """
     metrics = objectives(study).metrics
-    costs = [metric for metric in metrics if metric != "accuracy"]
-    across = "latency_ms" if "latency_ms" in costs else costs[0]
+    costs: list[Metric] = [metric for metric in metrics if metric != "accuracy"]
+    across = objectives(study).latency_metric or costs[0]
     if "accuracy" in metrics:
         return AXES[across], _accuracy_axis(study, split)
-    return AXES[across], AXES[next(metric for metric in costs if metric != across)]
+    others: list[Metric] = [metric for metric in costs if metric != across]
+    return AXES[across], AXES[others[0]]
+
+
+def asked_metrics(study: StudyFiles) -> set[str]:
+    """The metrics of the study's objectives and limits."""
+    return {*objectives(study).metrics, *(str(limit).partition(" ")[0] for limit in study.settings.get("limits") or ())}
+
+
+def searches_latency(study: StudyFiles) -> bool:
+    """Whether accuracy and latency are objectives, be it as throughput or as time per image."""
+    wanted = objectives(study)
+    return "accuracy" in wanted.metrics and wanted.latency_metric is not None
+
+
+def limit_on(study: StudyFiles, axis: Axis) -> tuple[float, str] | None:
+    """Where on `axis` the limit on latency lies, and in words; None where there is none, or where it is another axis."""
+    limit_ms = limits(study).limit_ms
+    for metric in LATENCY_METRICS:
+        if axis is AXES[metric] and math.isfinite(limit_ms):
+            value = of_latency(metric, limit_ms, int(study.settings.get("batch") or 1))
+            return value, f"limit {value:.4g} {UNITS[metric]}"
+    return None
+
+
+def relative_std(network: Network) -> float:
+    """Standard error of the latency over the latency, which throughput and time per image share."""
+    return network.latency_std_ms / network.latency_ms if network.latency_ms > 0 else NAN
 
 
 def stand_in(study: StudyFiles) -> str:
@@ -222,7 +257,7 @@ def against_family(study: StudyFiles) -> list[FamilyComparison]:
 
     Empty where the study does not search for accuracy and latency, or has something else in place of accuracy.
     """
-    if not {"accuracy", "latency_ms"} <= set(objectives(study).metrics):
+    if not searches_latency(study):
         return []
     known = [n for n in study.finalists if math.isfinite(n.val_accuracy)]
     family = sorted((n for n in known if n.is_family), key=lambda n: n.latency_ms)
@@ -307,19 +342,20 @@ def hypervolumes(study: StudyFiles) -> Hypervolumes | None:
     proposed = [n for n in study.finalists if not n.is_family]
     family = [n for n in study.finalists if n.is_family]
     accuracy = comparable_accuracy(*proposed, *family)
-    if wanted.metrics != ("accuracy", "latency_ms") or not set(wanted.metrics) <= reference.keys():
+    if len(wanted) != 2 or not searches_latency(study) or not set(wanted.metrics) <= reference.keys():
         return None
+    cost = wanted.metrics[1]
     if not proposed or not family or not all(math.isfinite(accuracy(n)) for n in (*proposed, *family)):
         return None
-    worst = wanted.costs(np.array([[reference["accuracy"], reference["latency_ms"]]]))[0]
+    worst = wanted.costs(np.array([[reference["accuracy"], reference[cost]]]))[0]
 
     def volume(networks: Sequence[Network]) -> float:
-        return pareto.hypervolume(wanted.costs(np.array([[accuracy(n), n.latency_ms] for n in networks])), worst)
+        return pareto.hypervolume(wanted.costs(np.array([[accuracy(n), getattr(n, cost)] for n in networks])), worst)
 
     return Hypervolumes(
         proposed=volume(proposed),
         family=volume(family),
-        where=f"up to {percent(reference['accuracy'])} and {milliseconds(reference['latency_ms'])}, {accuracy.split} images",
+        where=f"up to {percent(reference['accuracy'])} and {amount(reference[cost], UNITS[cost])}, {accuracy.split} images",
     )
 
 
@@ -489,6 +525,10 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
         ("Score", f"{network.score:.4g}{_score_error(network)}" if math.isfinite(network.score) else "", network.accuracy_source),
         ("Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
         ("Predicted latency", milliseconds(network.predicted_latency_ms), "predicted"),
+        ("Throughput", amount(network.throughput_ips, "images/s", network.throughput_ips * relative_std(network)), network.latency_source),
+        ("Time per image", _time_per_image(network), network.latency_source),
+        ("Peak memory", amount(network.peak_memory_mb, "MB"), ""),
+        ("File size", amount(network.artifact_mb, "MB"), ""),
         ("MACs", count(network.macs), ""),
         ("Parameters", count(network.params), ""),
         ("Resolution", f"{network.resolution_px:.0f} px" if math.isfinite(network.resolution_px) else "", ""),
@@ -496,6 +536,12 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
         ("Standard error from", network.accuracy_std_origin, ""),
     ]
     return [row for row in rows if row[1]]
+
+
+def _time_per_image(network: Network) -> str:
+    """Empty where it is the latency itself, at batch 1."""
+    alone = network.time_per_image_ms == network.latency_ms
+    return "" if alone else milliseconds(network.time_per_image_ms, network.time_per_image_ms * relative_std(network))
 
 
 def _score_error(network: Network) -> str:
@@ -511,10 +557,15 @@ def percent(value: float, std: float = NAN, *, signed: bool = False) -> str:
 
 def milliseconds(value: float, std: float = NAN) -> str:
     """Three significant digits, `0.352 ± 0.006 ms`; empty where it is not known."""
+    return amount(value, "ms", std)
+
+
+def amount(value: float, unit: str, std: float = NAN) -> str:
+    """`value` of `unit` with three significant digits; empty where it is not known."""
     if not math.isfinite(value):
         return ""
     digits = _digits(value)
-    return f"{value:.{digits}f}{plus_minus(std, digits)} ms"
+    return f"{value:.{digits}f}{plus_minus(std, digits)} {unit}"
 
 
 def plus_minus(std: float, digits: int) -> str:

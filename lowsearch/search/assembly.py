@@ -149,7 +149,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
         train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
-        proxies=proxies if trains else None, measure=measure if attached else None,
+        proxies=proxies if trains else None, measure=measure if attached else None, batch=target.batch, precision=target.precision,
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
         facts=_facts(settings, table, data, stale=staleness(table) if settings.allow_stale else []),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every metric of a population of genomes at once: predicted latency and accuracy, exact MACs and parameters.
+"""Every metric of a population of genomes at once: predicted latency and accuracy, exact MACs, parameters, memory and file size.
 
 The inner search of the sampler sees networks only through this.
 """
@@ -13,12 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lowsearch import cost
-from lowsearch.search.objectives import Limit, Metric
+from lowsearch import cost, footprint
+from lowsearch.footprint import ACTIVATION_BYTES, MB, Precision
+from lowsearch.search.objectives import DIRECTION, LATENCY_METRICS, Limit, Metric, of_latency
 from lowsearch.space import Scorer, SearchSpace
 
 ACCURACY_MARGIN = 2.0
 """An accuracy limit has to be out of reach by this many standard deviations before a network is given up untrained."""
+
+
+_LEAST_MS = 1e-9
+"""A latency at its confidence is positive, however uncertain its prediction."""
 
 
 class LatencyModel(Protocol):
@@ -48,58 +53,88 @@ class Estimates:
     mean: Mapping[Metric, np.ndarray]
     """(n,) per metric; `accuracy` is absent where there is no model of it."""
     std: Mapping[Metric, np.ndarray]
+    batch: int = 1
+    """Images of the forward pass that latency is of."""
 
 
 class Estimator:
-    """Scores populations. `latency` may be None only where no latency is asked for."""
+    """Scores populations. `latency` may be None only where no latency is asked for.
 
-    def __init__(self, space: SearchSpace, latency: LatencyModel | None) -> None:
+    `batch` and `precision` are the target's: throughput, memory and file size depend on them.
+    """
+
+    def __init__(self, space: SearchSpace, latency: LatencyModel | None, *, batch: int = 1, precision: Precision = "fp32") -> None:
         self.space = space
         self.latency = latency
+        self.batch = batch
+        self.precision: Precision = precision
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_costs"}  # A compiled scorer cannot be pickled.
+        compiled = ("_costs", "_peaks")  # A compiled scorer cannot be pickled.
+        return {name: value for name, value in self.__dict__.items() if name not in compiled}
 
     @cached_property
     def _costs(self) -> Scorer:
-        costs = [cost.of_block(block) for block in self.space.blocks]
-        return self.space.block_sums(np.array([[c.macs, c.params] for c in costs], dtype=float))
+        blocks = self.space.blocks
+        weights = [footprint.weight_bytes(block, self.precision) for block in blocks]
+        costs = [cost.of_block(block) for block in blocks]
+        return self.space.block_sums(np.array([[c.macs, c.params, w] for c, w in zip(costs, weights, strict=True)], dtype=float))
+
+    @cached_property
+    def _peaks(self) -> Scorer:
+        return self.space.block_maxima(np.array([[footprint.peak_elements(block)] for block in self.space.blocks], dtype=float))
 
     def estimate(self, genomes: np.ndarray, accuracy: AccuracyModel | None = None) -> Estimates:
         """Estimates of `genomes` (n, n_genes)."""
         sums = self._costs(genomes)
         exact = np.zeros(len(genomes))
-        mean: dict[Metric, np.ndarray] = {"macs": sums[:, 0], "params": sums[:, 1]}
-        std: dict[Metric, np.ndarray] = {"macs": exact, "params": exact}
+        artifact_mb = sums[:, 2] / MB
+        activations_mb = self._peaks(genomes)[:, 0] * self.batch * ACTIVATION_BYTES[self.precision] / MB
+        mean: dict[Metric, np.ndarray] = {
+            "macs": sums[:, 0], "params": sums[:, 1], "artifact_mb": artifact_mb, "peak_memory_mb": artifact_mb + activations_mb,
+        }  # fmt: skip
+        std: dict[Metric, np.ndarray] = dict.fromkeys(mean, exact)
         if self.latency is not None:
-            mean["latency_ms"], std["latency_ms"] = map(np.asarray, self.latency.predict(genomes))
+            latency_ms, std_ms = map(np.asarray, self.latency.predict(genomes))
+            for metric in LATENCY_METRICS:
+                mean[metric] = of_latency(metric, latency_ms, self.batch)
+                std[metric] = mean[metric] * (std_ms / latency_ms)
         if accuracy is not None:
             mean["accuracy"], std["accuracy"] = map(np.asarray, accuracy.predict(genomes))
-        return Estimates(mean, std)
+        return Estimates(mean, std, self.batch)
+
+
+def at_confidence(estimates: Estimates, limit: Limit) -> np.ndarray:
+    """The values (n,) that `limit` is held against, in its metric.
+
+    Latency counts at the limit's confidence (a bare mean would break it half the time), and throughput and time per image are those of
+    that latency; accuracy counts with a margin in its favour.
+    """
+    if limit.metric in LATENCY_METRICS:
+        margin_ms = NormalDist().inv_cdf(limit.confidence) * estimates.std["latency_ms"]
+        latency_ms = estimates.mean["latency_ms"] + (margin_ms if limit.caps_latency else -margin_ms)
+        return of_latency(limit.metric, np.maximum(latency_ms, _LEAST_MS), estimates.batch)
+    value, std = estimates.mean[limit.metric], estimates.std[limit.metric]
+    if limit.metric == "accuracy":
+        return value + ACCURACY_MARGIN * (std if limit.side == "min" else -std)
+    return value
 
 
 def excess(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:
     """By how much the estimates break the limits, summed as fractions of the bounds, (n,); 0 where a network may be trained.
 
-    Latency counts at the limit's confidence (a bare mean would break it half the time), accuracy with a margin in its favour; limits on
-    unknown metrics do not count.
+    Each is held against the values `at_confidence`; limits on unknown metrics do not count.
     """
-    total = np.zeros(len(estimates.mean["macs"]))
+    total = np.zeros(len(next(iter(estimates.mean.values()))))
     for limit in limits:
-        if limit.metric not in estimates.mean:
-            continue
-        value, std = estimates.mean[limit.metric], estimates.std[limit.metric]
-        sign = 1.0 if limit.side == "max" else -1.0
-        if limit.metric == "latency_ms":
-            value = value + sign * NormalDist().inv_cdf(limit.confidence) * std
-        elif limit.metric == "accuracy":
-            value = value - sign * ACCURACY_MARGIN * std
-        total += np.maximum(limit.excess(value), 0.0) / max(limit.bound, 1e-12)
+        if limit.metric in estimates.mean:
+            total += np.maximum(limit.excess(at_confidence(estimates, limit)), 0.0) / max(limit.bound, 1e-12)
     return total
 
 
 def reference_values(estimator: Estimator, *, chance_accuracy: float) -> dict[Metric, float]:
-    """The worst values that hypervolume counts from: chance accuracy and 1.1 times the family's largest latency, MACs, parameters.
+    """The worst values that hypervolume counts from: chance accuracy and for every other metric a tenth beyond the family's
+    worst (1.1 times its largest latency).
 
     A space without a family uses 300 of its own random members.
     """
@@ -109,5 +144,7 @@ def reference_values(estimator: Estimator, *, chance_accuracy: float) -> dict[Me
     else:
         genomes = space.sample(300, rng=np.random.default_rng(0))
     mean = estimator.estimate(genomes).mean
-    worst: dict[Metric, float] = {metric: float(1.1 * values.max()) for metric, values in mean.items()}
+    worst: dict[Metric, float] = {
+        metric: float(1.1 * values.max() if DIRECTION[metric] == "minimize" else values.min() / 1.1) for metric, values in mean.items()
+    }
     return {"accuracy": chance_accuracy, **worst}

@@ -15,7 +15,7 @@ import numpy as np
 
 from lowsearch import cost
 from lowsearch.arch import Arch
-from lowsearch.search.estimates import Estimator
+from lowsearch.footprint import artifact_mb, peak_memory_mb
 from lowsearch.search.knowledge import Knowledge
 from lowsearch.space import SearchSpace
 
@@ -69,6 +69,8 @@ class Change:
     macs_share: float
     params: int
     params_share: float
+    peak_memory_mb: float = 0.0
+    artifact_mb: float = 0.0
     score: float | None
     """Estimated accuracy (a fraction), or the proxy that stands for it; None where nothing is known of it."""
     score_std: float | None
@@ -107,6 +109,8 @@ class Explanation:
     latency_source: str
     macs: int
     params: int
+    peak_memory_mb: float
+    artifact_mb: float
     score: float | None
     """As the study's model estimates it for a fresh training; None where there is none."""
     score_std: float | None
@@ -130,14 +134,16 @@ def explain(known: Knowledge, arch: Arch) -> Explanation:
     space = known.space
     genome = space.encode(arch)
     mean_ms, std_ms = known.latency.predict_archs([arch])
-    total = cost.count(arch)
+    total, target = cost.count(arch), known.latency.table.target
     score = known.score.predict(genome[None]) if known.score is not None else None
     genes, genomes = space.neighbours(genome)
     steps = [(step_between(space, genome, after, int(gene)),) for gene, after in zip(genes, genomes, strict=True)]
     blocks = _blocks(known, arch)
     return Explanation(
-        arch=arch, target=str(known.latency.table.target), latency_ms=float(mean_ms[0]), latency_std_ms=float(std_ms[0]),
+        arch=arch, target=str(target), latency_ms=float(mean_ms[0]), latency_std_ms=float(std_ms[0]),
         latency_source=known.latency_source, macs=total.macs, params=total.params,
+        peak_memory_mb=peak_memory_mb(arch, precision=target.precision, batch=target.batch),
+        artifact_mb=artifact_mb(arch, precision=target.precision),
         score=None if score is None else float(score[0][0]), score_std=None if score is None else float(score[1][0]),
         score_source=known.score_source,
         stages=_stages(blocks), blocks=blocks,
@@ -153,7 +159,7 @@ def changes(known: Knowledge, before: np.ndarray, after: np.ndarray, steps: Sequ
     arch, archs = space.decode(before), [space.decode(genome) for genome in after]
     latency_ms, latency_std_ms = known.latency.changes(arch, archs)
     base_ms = float(known.latency.predict_archs([arch])[0][0])
-    sums = Estimator(space, None).estimate(np.vstack([before[None], after])).mean
+    sums = known.estimator.estimate(np.vstack([before[None], after])).mean
     macs, params = sums["macs"], sums["params"]
     score, score_std = known.score.changes(before, after) if known.score is not None else (None, None)
     return [
@@ -162,6 +168,8 @@ def changes(known: Knowledge, before: np.ndarray, after: np.ndarray, steps: Sequ
             latency_ms=float(latency_ms[i]), latency_std_ms=float(latency_std_ms[i]), latency_share=float(latency_ms[i] / base_ms),
             macs=int(macs[i + 1] - macs[0]), macs_share=float(macs[i + 1] / macs[0] - 1),
             params=int(params[i + 1] - params[0]), params_share=float(params[i + 1] / params[0] - 1),
+            peak_memory_mb=float(sums["peak_memory_mb"][i + 1] - sums["peak_memory_mb"][0]),
+            artifact_mb=float(sums["artifact_mb"][i + 1] - sums["artifact_mb"][0]),
             score=None if score is None else float(score[i]), score_std=None if score_std is None else float(score_std[i]),
         )
         for i in range(len(after))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
 from lowsearch.errors import StudyError
-from lowsearch.search.estimates import Estimator, excess
+from lowsearch.search.estimates import Estimator, at_confidence, excess
 from lowsearch.search.objectives import Limit
 from lowsearch.space import SearchSpace
 
@@ -57,10 +56,8 @@ def check_limits(estimator: Estimator, limits: Sequence[Limit]) -> None:
         if not excess(estimates, [limit])[0]:
             continue
         value, std = float(estimates.mean[limit.metric][0]), float(estimates.std[limit.metric][0])
-        margin = NormalDist().inv_cdf(limit.confidence) * std if limit.metric == "latency_ms" else 0.0
         misses.append(f"{limit.metric} {value:.4g}{f' ± {std:.2g}' if std else ''}")
-        bound = value + margin if limit.side == "max" else value - margin
-        flags.append(f"--{limit.side} {limit.metric}={_rounded(bound, up=limit.side == 'max')}")
+        flags.append(f"--{limit.side} {limit.metric}={_rounded(float(at_confidence(estimates, limit)[0]), up=limit.side == 'max')}")
     proof = f"all {space.size():,} were looked at" if space.size() <= MAX_LISTED else "none was found"
     found = f"the nearest, {space.decode(genome).arch_id}, has {', '.join(misses)}"
     raise StudyError(

@@ -23,8 +23,7 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.estimates import Estimator
-from lowsearch.search.objectives import Metric
+from lowsearch.search.objectives import LATENCY_METRICS, Metric, of_latency
 from lowsearch.search.outputs import accuracy_columns, decode, write_csv
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import StudySettings
@@ -39,8 +38,9 @@ FINAL_SEED_STREAM = 1_000_003
 
 COLUMNS = (
     "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source", "score",
-    "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit", "macs", "params",
-    "resolution_px", "on_front", "weights", "estimated_accuracy", "n_seeds",
+    "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
+    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params", "resolution_px", "on_front", "weights",
+    "estimated_accuracy", "n_seeds",
 )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def write_finals(
     trained = parts.train_final is not None and not settings.stand_in
     scores = {f.arch_id: _scores(folder, f.arch_id, plan.seeds) if trained else [] for f in plan.finalists}
     seed_std, seed_std_origin = _seed_spread(plan, scores)
-    estimator = Estimator(parts.space, parts.latency)
+    estimator = parts.estimator
     limit_ms = largest_allowed_ms(settings)
     rows = []
     for f in plan.finalists:
@@ -233,10 +233,11 @@ def write_finals(
         predicted = (mean["latency_ms"], float(estimates.std["latency_ms"][0]))
         latency_ms, latency_std_ms, *_ = measured.networks.get(f.arch_id, predicted)
         row: dict[str, Any] = {
-            "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_ms": latency_ms, "latency_std_ms": latency_std_ms,
+            **mean, **{metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS},
+            "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_std_ms": latency_std_ms,
             "latency_source": "measured" if f.arch_id in measured.networks else parts.latency_source,
             "predicted_latency_ms": mean["latency_ms"], "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms),
-            "macs": mean["macs"], "params": mean["params"], "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
+            "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
         }  # fmt: skip
         if scores[f.arch_id]:
             row |= _trained_columns(scores[f.arch_id], seed_std, seed_std_origin)

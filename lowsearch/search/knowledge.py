@@ -24,7 +24,7 @@ from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import usable_table
 from lowsearch.latency.table import LatencyTable
 from lowsearch.latency.target import Target, resolve_device, resolve_target
-from lowsearch.search.estimates import AccuracyModel
+from lowsearch.search.estimates import AccuracyModel, Estimator
 from lowsearch.search.parts import stand_in_of
 from lowsearch.search.settings import STAND_INS, StudySettings, stored_settings
 from lowsearch.space import SearchSpace
@@ -53,6 +53,12 @@ class Knowledge:
     """None without a study, and in a study that has trained nothing."""
     score_source: str = ""
     """`estimated` for an accuracy, else `proxy:macs` or `proxy:params`; empty without a score."""
+
+    @property
+    def estimator(self) -> Estimator:
+        """Scores populations of the space, on the table's target."""
+        target = self.latency.table.target
+        return Estimator(self.space, self.latency, batch=target.batch, precision=target.precision)
 
 
 def target_of(settings: StudySettings) -> Target:

@@ -19,7 +19,6 @@ from optuna.trial import TrialState
 
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
-from lowsearch.search.estimates import Estimator
 from lowsearch.search.foreign import gene_distributions
 from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, of_study, settings_of
 from lowsearch.search.sampler import gene_indices
@@ -93,7 +92,7 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
     (folder / CLOCK).write_text(json.dumps({"search": sum(clocks)}) + "\n", encoding="utf-8")
     known = of_study(first, settings)
     merged = open_study(folder, settings.objectives)
-    estimator, seen, counts = Estimator(known.space, known.latency), set(), {}
+    estimator, seen, counts = known.estimator, set(), {}
     for which, source, earlier_s in (("first", first, 0.0), ("second", second, clocks[0])):
         study = open_study(source, settings.objectives)
         trials = {trial.number: trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}

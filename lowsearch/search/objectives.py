@@ -9,14 +9,16 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lowsearch.errors import UsageError
 from lowsearch.search.pareto import MAX_OBJECTIVES
 
-Metric = Literal["accuracy", "latency_ms", "macs", "params"]
+Metric = Literal[
+    "accuracy", "latency_ms", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params"
+]  # fmt: skip
 Direction = Literal["maximize", "minimize"]
 """Optuna's spelling."""
 
@@ -31,6 +33,8 @@ class Objective:
     """Column of candidates.csv that holds it."""
     direction: Direction
     unit: str
+    word: str
+    """As a sentence says it."""
     log: bool
     """Whether its cost is the natural logarithm: a gain of 1 % of the latency counts the same everywhere on the front."""
 
@@ -43,12 +47,31 @@ class Objective:
         return -array if self.direction == "maximize" else array
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "acc": Objective(name="acc", metric="accuracy", direction="maximize", unit="fraction correct", log=False),
-    "latency": Objective(name="latency", metric="latency_ms", direction="minimize", unit="ms", log=True),
-    "macs": Objective(name="macs", metric="macs", direction="minimize", unit="multiply-adds", log=True),
-    "params": Objective(name="params", metric="params", direction="minimize", unit="weights", log=True),
-}
+_ALL = (
+    Objective(name="acc", metric="accuracy", direction="maximize", unit="fraction correct", word="accuracy", log=False),
+    Objective(name="latency", metric="latency_ms", direction="minimize", unit="ms", word="latency", log=True),
+    Objective(name="throughput", metric="throughput_ips", direction="maximize", unit="images/s", word="throughput", log=True),
+    Objective(name="imagetime", metric="time_per_image_ms", direction="minimize", unit="ms/image", word="time per image", log=True),
+    Objective(name="memory", metric="peak_memory_mb", direction="minimize", unit="MB", word="peak memory", log=True),
+    Objective(name="size", metric="artifact_mb", direction="minimize", unit="MB", word="file size", log=True),
+    Objective(name="macs", metric="macs", direction="minimize", unit="multiply-adds", word="MACs", log=True),
+    Objective(name="params", metric="params", direction="minimize", unit="weights", word="parameters", log=True),
+)
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _ALL}
+METRICS: tuple[Metric, ...] = tuple(objective.metric for objective in _ALL)
+LATENCY_METRICS: tuple[Metric, ...] = ("latency_ms", "throughput_ips", "time_per_image_ms")
+"""One axis: at a study's batch each of them follows from any other."""
+DIRECTION: dict[Metric, Direction] = {objective.metric: objective.direction for objective in _ALL}
+
+
+def of_latency(metric: Metric, latency_ms: Any, batch: int) -> Any:
+    """`latency_ms` of one forward pass on `batch` images as another of LATENCY_METRICS, a number or an array as given."""
+    match metric:
+        case "throughput_ips":
+            return 1000 * batch / latency_ms
+        case "time_per_image_ms":
+            return latency_ms / batch
+    return latency_ms
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,11 @@ class Objectives:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return tuple(o.metric for o in self.members)
+
+    @property
+    def latency_metric(self) -> Metric | None:
+        """The one of LATENCY_METRICS that is an objective, if one is."""
+        return next((o.metric for o in self.members if o.metric in LATENCY_METRICS), None)
 
     @property
     def directions(self) -> list[Direction]:
@@ -99,6 +127,13 @@ def parse_objectives(text: str) -> Objectives:
         raise UsageError(
             f"objective {repeated[0]!r} stands twice in {text!r}", hint=f"name it once: --objective {'-'.join(dict.fromkeys(names))}"
         )
+    same = [name for name in names if OBJECTIVES[name].metric in LATENCY_METRICS]
+    if len(same) > 1:
+        others = [name for name in names if name not in same[1:]]
+        raise UsageError(
+            f"{' and '.join(same)} in {text!r} are one axis: at the batch of a study each follows from the other",
+            hint=f"--objective {'-'.join(others if len(others) > 1 else ['acc', *others])}",
+        )
     if len(names) == 1:
         other = "latency" if text != "latency" else "acc"
         raise UsageError(
@@ -124,10 +159,19 @@ class Limit:
     bound: float
     side: Literal["max", "min"]
     confidence: float = DEFAULT_CONFIDENCE
-    """Probability, by the prediction's own error, with which a latency has to keep the bound before a network is tried."""
+    """Probability, by the prediction's own error, with which one of LATENCY_METRICS has to keep the bound before a network is tried."""
 
     def __str__(self) -> str:
         return f"{self.metric} {'<=' if self.side == 'max' else '>='} {self.bound:g}"
+
+    @property
+    def caps_latency(self) -> bool:
+        """Whether it keeps latency down: a minimum of throughput does too."""
+        return self.metric in LATENCY_METRICS and (self.side == "max") != (self.metric == "throughput_ips")
+
+    def bound_ms(self, batch: int) -> float:
+        """The latency at which a limit on one of LATENCY_METRICS is met exactly."""
+        return self.bound * batch if self.metric == "time_per_image_ms" else of_latency(self.metric, self.bound, batch)
 
     def excess(self, values: np.ndarray) -> np.ndarray:
         """How far `values` break the bound, in the metric's unit; 0 or less where they keep it."""
@@ -135,8 +179,9 @@ class Limit:
         return array - self.bound if self.side == "max" else self.bound - array
 
 
-METRICS: tuple[Metric, ...] = ("accuracy", "latency_ms", "macs", "params")
-_ALIASES: dict[str, Metric] = {"acc": "accuracy", "val_accuracy": "accuracy", "latency": "latency_ms", "flops": "macs"}
+_ALIASES: dict[str, Metric] = {
+    **{objective.name: objective.metric for objective in _ALL}, "val_accuracy": "accuracy", "flops": "macs", "fps": "throughput_ips",
+}  # fmt: skip
 
 
 def parse_limits(*, maxima: Iterable[str] = (), minima: Iterable[str] = (), confidence: float = DEFAULT_CONFIDENCE) -> tuple[Limit, ...]:

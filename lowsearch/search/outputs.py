@@ -21,6 +21,7 @@ from lowsearch.arch import Arch
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
 from lowsearch.search.estimates import AccuracyModel, Estimator, excess
+from lowsearch.search.objectives import Metric
 from lowsearch.search.parts import Parts
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.storage import Candidate
@@ -28,11 +29,12 @@ from lowsearch.space import SearchSpace
 
 CANDIDATE_COLUMNS = (
     "number", "arch_id", "name", "origin", "genome", "state", "reason", "rung", "val_accuracy", "accuracy_std", "accuracy_source",
-    "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "macs", "params", "resolution_px", "elapsed_s",
+    "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "throughput_ips", "time_per_image_ms", "peak_memory_mb",
+    "artifact_mb", "macs", "params", "resolution_px", "elapsed_s",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
-    "arch_id", "origin", "val_accuracy", "accuracy_std", "accuracy_source", "latency_ms", "latency_std_ms", "latency_source", "macs",
-    "params", "resolution_px",
+    "arch_id", "origin", "val_accuracy", "accuracy_std", "accuracy_source", "latency_ms", "latency_std_ms", "latency_source",
+    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params", "resolution_px",
 )  # fmt: skip
 N_SAMPLE = 400
 
@@ -52,7 +54,7 @@ class StudyFiles:
 
     def __init__(self, folder: Path, settings: StudySettings, parts: Parts, reference_costs: np.ndarray) -> None:
         self._folder, self._settings, self._parts, self._reference = folder, settings, parts, reference_costs
-        self._estimator = Estimator(parts.space, parts.latency)
+        self._estimator = parts.estimator
         self._networks: dict[str, dict[str, Any]] = {}
         self._last: list[tuple[int, str, str]] | None = None
 
@@ -109,8 +111,8 @@ class StudyFiles:
             row: dict[str, Any] = {
                 "number": c.number, "arch_id": arch.arch_id, "name": c.name, "origin": c.origin, "genome": " ".join(map(str, c.genome)),
                 "state": c.state, "reason": c.reason, "rung": c.rung, "elapsed_s": c.elapsed_s, "resolution_px": arch.resolution_px,
-                "latency_ms": estimates.mean["latency_ms"][i], "latency_std_ms": estimates.std["latency_ms"][i],
-                "latency_source": self._parts.latency_source, "macs": estimates.mean["macs"][i], "params": estimates.mean["params"][i],
+                "latency_std_ms": estimates.std["latency_ms"][i], "latency_source": self._parts.latency_source,
+                **{metric: values[i] for metric, values in estimates.mean.items()},
             }  # fmt: skip
             if c.state == "complete" and not math.isnan(c.accuracy):
                 row |= accuracy_columns(self._settings, c.accuracy, c.accuracy_std, c.rung)
@@ -138,9 +140,10 @@ def accuracy_columns(settings: StudySettings, accuracy: float, std: float, rung:
 
 def candidate_costs(settings: StudySettings, found: Sequence[Candidate], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Costs (n, n_objectives) of scored candidates, from the estimate of their accuracy and their predicted latency."""
-    values = {metric: np.array([row[metric] for row in rows], dtype=float) for metric in ("latency_ms", "macs", "params")}
+    known: list[Metric] = [metric for metric in settings.objectives.metrics if metric != "accuracy"]
+    values: dict[Metric, np.ndarray] = {metric: np.array([row[metric] for row in rows], dtype=float) for metric in known}
     values["accuracy"] = np.array([c.accuracy for c in found])
-    return settings.objectives.costs({metric: values[metric] for metric in settings.objectives.metrics})
+    return settings.objectives.costs(values)
 
 
 def keeps_limits(settings: StudySettings, estimator: Estimator, found: Sequence[Candidate]) -> np.ndarray:

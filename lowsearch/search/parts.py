@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from lowsearch.arch import Arch, Block
+from lowsearch.footprint import Precision
 from lowsearch.search.estimates import AccuracyModel, Estimator, LatencyModel
 from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
@@ -115,6 +116,10 @@ class Parts:
     """Trains a network with a seed on the full schedule, resumably, and leaves `<path>.safetensors`."""
     measure: Callable[[Sequence[Arch], Progress | None], Sequence[Measured]] | None
     """Measures networks in fresh processes, interleaved; None where the device is not attached."""
+    batch: int = 1
+    """Images of the forward pass that latency is of."""
+    precision: Precision = "fp32"
+    """What latency is measured in; memory and file size are of it too."""
     anchors: Sequence[tuple[Arch, float]] = ()
     """Some networks of the latency table and their latency_ms there: measured again, they tell the pace of the machine."""
     held_out: Callable[[int], Training] | None = None
@@ -125,6 +130,11 @@ class Parts:
     """Training-free scores of networks on a batch of the study's images, (n,) by name."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What study.yaml states beside the settings: the device's name, versions, hashes, sizes."""
+
+    @property
+    def estimator(self) -> Estimator:
+        """Scores populations of the space, on the study's target."""
+        return Estimator(self.space, self.latency, batch=self.batch, precision=self.precision)
 
 
 class StandIn(AccuracyModel, Protocol):

@@ -19,7 +19,7 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto, storage
-from lowsearch.search.estimates import Estimator, excess
+from lowsearch.search.estimates import excess
 from lowsearch.search.explain import CLEAR_STD, Change, Step, changes, step_between
 from lowsearch.search.knowledge import Knowledge
 from lowsearch.search.objectives import Metric, parse_objectives
@@ -70,7 +70,7 @@ def refine(
         raise StudyError("the study has no score to compare networks by", hint="search for accuracy: --objective acc-latency")
     space, genome = known.space, known.space.encode(arch)
     genomes, steps = within_two_changes(space, genome)
-    allowed = excess(Estimator(space, known.latency).estimate(genomes), settings.limits) == 0
+    allowed = excess(known.estimator.estimate(genomes), settings.limits) == 0
     allowed &= np.array([g.tobytes() not in tried for g in genomes], dtype=bool)
     genomes, steps = genomes[allowed], [s for s, kept in zip(steps, allowed, strict=True) if kept]
     if not len(genomes):

@@ -24,6 +24,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.errors import StudyError, UsageError
+from lowsearch.footprint import Precision
 from lowsearch.search import pareto
 from lowsearch.search.estimates import (
     AccuracyModel,
@@ -34,7 +35,7 @@ from lowsearch.search.estimates import (
     excess,
     reference_values,
 )
-from lowsearch.search.objectives import Limit, Metric, Objectives, parse_objectives
+from lowsearch.search.objectives import LATENCY_METRICS, Limit, Metric, Objectives, parse_objectives
 from lowsearch.search.surrogate import TrialSurrogate
 from lowsearch.space import SearchSpace
 
@@ -78,11 +79,13 @@ class LowSearchSampler(BaseSampler):
         objectives: str | Objectives = "acc-latency",
         limits: Sequence[Limit] = (),
         reference: Mapping[Metric, float] | None = None,
+        batch: int = 1,
+        precision: Precision = "fp32",
         seed: int = 0,
         evolution: Evolution | None = None,
     ) -> None:
         """`accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
-        `reference`: worst value by metric; by default chance accuracy and 1.1 times the family's largest latency, MACs, parameters.
+        `reference`: worst value by metric; by default `estimates.reference_values`. `batch` and `precision` are those of `latency`.
         """
         self.space = space
         self.objectives = parse_objectives(objectives) if isinstance(objectives, str) else objectives
@@ -90,8 +93,8 @@ class LowSearchSampler(BaseSampler):
         self.seed = seed
         self.evolution = evolution or Evolution()
         self._accuracy = accuracy
-        self._estimator = Estimator(space, latency)
-        if latency is None and "latency_ms" in self.objectives.metrics + tuple(limit.metric for limit in limits):
+        self._estimator = Estimator(space, latency, batch=batch, precision=precision)
+        if latency is None and {*self.objectives.metrics, *(limit.metric for limit in limits)} & {*LATENCY_METRICS}:
             raise UsageError("latency is an objective or has a limit, but the sampler was given no latency model", hint="pass latency=")
         values = dict(reference) if reference is not None else reference_values(self._estimator, chance_accuracy=1 / space.num_classes)
         for limit in self.limits:  # Beyond a limit nothing is gained, so the acquisition counts from there.

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSa
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from lowsearch.search.estimates import AccuracySource, Estimator, LatencyModel
+from lowsearch.search.estimates import AccuracySource, Estimator
 from lowsearch.search.feasible import all_to_try
 from lowsearch.search.foreign import GaussianProcessSampler, SeededSampler, gene_distributions
 from lowsearch.search.objectives import Limit, Metric, Objectives
@@ -33,7 +33,7 @@ class Task:
     """What a sampler may know of the study that it proposes for."""
 
     space: SearchSpace
-    latency: LatencyModel
+    estimator: Estimator
     accuracy: AccuracySource
     objectives: Objectives
     limits: Sequence[Limit]
@@ -45,7 +45,8 @@ class Task:
 
 def _ours(task: Task) -> BaseSampler:
     return LowSearchSampler(
-        task.space, latency=task.latency, accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
+        task.space, latency=task.estimator.latency, batch=task.estimator.batch, precision=task.estimator.precision,
+        accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
         reference=task.reference, seed=task.seed,
     )  # fmt: skip
 
@@ -65,9 +66,7 @@ SAMPLERS: dict[str, Callable[[Task], BaseSampler]] = {
         lambda seed: GaussianProcessSampler(task.space, task.acceptable, seed=seed), task.space, seed=task.seed, accept=task.acceptable
     ),
     "random": lambda task: SeededSampler(lambda seed: RandomSampler(seed=seed), task.space, seed=task.seed, accept=task.acceptable),
-    "exhaustive": lambda task: ExhaustiveSampler(
-        all_to_try(Estimator(task.space, task.latency), task.limits), task.space, task.acceptable, seed=task.seed
-    ),
+    "exhaustive": lambda task: ExhaustiveSampler(all_to_try(task.estimator, task.limits), task.space, task.acceptable, seed=task.seed),
 }
 
 

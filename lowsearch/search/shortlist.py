@@ -20,7 +20,7 @@ from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.latency.pace import pace_since
 from lowsearch.search import pareto
-from lowsearch.search.estimates import Estimator
+from lowsearch.search.objectives import LATENCY_METRICS, of_latency
 from lowsearch.search.outputs import candidate_costs, decode, keeps_limits, write_csv
 from lowsearch.search.parts import Parts, Progress
 from lowsearch.search.settings import StudySettings
@@ -69,7 +69,7 @@ class Measurements:
 
 def shortlist(settings: StudySettings, parts: Parts, found: Sequence[Candidate], reference_costs: np.ndarray) -> list[Candidate]:
     """The family, and up to MAX_SHORTLISTED of the search's own networks that by all estimates keep the limits, the best cover first."""
-    estimator = Estimator(parts.space, parts.latency)
+    estimator = parts.estimator
     scored = [c for c in found if c.state == "complete" and (not math.isnan(c.accuracy) or "accuracy" not in settings.objectives.metrics)]
     allowed = [c for c, good in zip(scored, keeps_limits(settings, estimator, scored), strict=True) if good]
     proposals = [c for c in allowed if c.origin != "family"]
@@ -96,11 +96,10 @@ def best_cover(
     """
     if not found:
         return []
-    mean = dict(Estimator(parts.space, parts.latency).estimate(np.stack([c.genome for c in found])).mean)
+    mean = dict(parts.estimator.estimate(np.stack([c.genome for c in found])).mean)
     known = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in found]
-    mean["latency_ms"] = np.array(
-        [predicted if m is None else m.latency_ms for m, predicted in zip(known, mean["latency_ms"], strict=True)]
-    )
+    latency_ms = np.array([predicted if m is None else m.latency_ms for m, predicted in zip(known, mean["latency_ms"], strict=True)])
+    mean |= {metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS}
     costs = candidate_costs(settings, found, [{metric: values[i] for metric, values in mean.items()} for i in range(len(found))])
     chosen: list[int] = []
     rest = list(range(len(found)))
@@ -127,7 +126,7 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     told: Progress | None = None if progress is None else lambda done, total, _: progress(done, total, "measure the shortlist")
     measured = parts.measure([*archs, *(arch for arch, _ in anchors)], told)
     pace = pace_since([latency.latency_ms for latency in measured[len(archs) :]], [then_ms for _, then_ms in anchors])
-    predicted = Estimator(parts.space, parts.latency).estimate(np.stack([parts.space.encode(arch) for arch in archs]))
+    predicted = parts.estimator.estimate(np.stack([parts.space.encode(arch) for arch in archs]))
     rows: list[dict[str, Any]] = []
     for i, (arch, latency) in enumerate(zip(archs, measured, strict=False)):
         row: dict[str, Any] = {"arch_id": arch.arch_id, "latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms}
@@ -142,13 +141,14 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
 
 
 def keeps_latency_limits(settings: StudySettings, latency_ms: float) -> bool:
-    """Whether a measured latency is within the study's limits."""
-    return all(float(limit.excess(np.array(latency_ms))) <= 0 for limit in settings.limits if limit.metric == "latency_ms")
+    """Whether a measured latency is within the study's limits on latency, throughput and time per image."""
+    limits = [limit for limit in settings.limits if limit.metric in LATENCY_METRICS]
+    return all(float(limit.excess(of_latency(limit.metric, latency_ms, settings.batch))) <= 0 for limit in limits)
 
 
 def largest_allowed_ms(settings: StudySettings) -> float:
-    """The upper limit on latency, NaN where there is none."""
-    return next((limit.bound for limit in settings.limits if limit.metric == "latency_ms" and limit.side == "max"), math.nan)
+    """The upper limit on latency, whether it is given as such, as throughput or as time per image; NaN where there is none."""
+    return min((limit.bound_ms(settings.batch) for limit in settings.limits if limit.caps_latency), default=math.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
-from lowsearch.search.estimates import Estimator, excess, reference_values
+from lowsearch.search.estimates import excess, reference_values
 from lowsearch.search.feasible import all_to_try, check_limits
 from lowsearch.search.gate import forecast_agreement, why_steering_ended
 from lowsearch.search.outputs import StudyFiles, decode
@@ -142,7 +142,7 @@ def _opened(folder: Path, settings: StudySettings, parts: Parts) -> Plan:
 
 
 def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str, Any]:
-    estimator = Estimator(parts.space, parts.latency)
+    estimator = parts.estimator
     check_limits(estimator, settings.limits)
     if settings.sampler == "exhaustive":
         all_to_try(estimator, settings.limits)

@@ -107,7 +107,7 @@ def trust(
     genomes = np.stack([made.space.encode(arch) for arch in archs])
     mean, std = map(np.asarray, getattr(scorer, "predict_exact", scorer.predict)(genomes))
     accuracy = np.array([np.mean([r.val_accuracy for r in by_arch[arch.arch_id]]) for arch in archs])
-    known = Estimator(made.space, made.latency).estimate(genomes).mean
+    known = made.estimator.estimate(genomes).mean
     scores = {PREDICTOR: mean, "params": known["params"], "MACs": known["macs"], **made.proxies(archs, progress)}
     signals = [Signal(name=name, band="", agreement=agreement(values, accuracy)) for name, values in scores.items()]
     if all(len(by_arch[arch.arch_id]) > 1 for arch in archs):
@@ -153,7 +153,7 @@ def held_out_networks(parts: Parts, plan: Plan, n: int) -> list[Arch]:
     Strata are `n` equal shares of the random members of the space that the search could propose: within its limits, and no slower than
     its reference point. What the study has trained is never chosen.
     """
-    space, estimator = parts.space, Estimator(parts.space, parts.latency)
+    space, estimator = parts.space, parts.estimator
     frozen = {r.arch_id: r.arch for r in parts.held_out_records()}
     taken = {space.encode(r.arch).tobytes() for r in parts.records() if space.contains(r.arch)}
     pool = np.unique(space.sample(_POOL, rng=np.random.default_rng([plan.settings.seed, _STREAM])), axis=0)

@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from lowsearch.arch import Arch
 from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.search.assembly import build_parts
-from lowsearch.search.estimates import AccuracyModel, Estimator, excess
+from lowsearch.search.estimates import AccuracyModel, excess
 from lowsearch.search.feasible import networks_within
 from lowsearch.search.gate import SteeringGate
 from lowsearch.search.objectives import Metric
@@ -97,7 +97,7 @@ class SearchWorker:
         """`clock` gives the seconds of search so far, over all runs."""
         self._plan, self._parts, self._name, self._stopped, self._clock = plan, parts, name, stopped, clock
         self._lock = FileLock(folder / PROPOSAL_LOCK)
-        self._estimator = Estimator(parts.space, parts.latency)
+        self._estimator = parts.estimator
         self._all = networks_within(self._estimator, plan.settings.limits)
         self._objectives = plan.settings.objectives
         self._reference = plan.reference_costs
@@ -211,7 +211,7 @@ class SearchWorker:
         settings = self._plan.settings
         return SAMPLERS[name](
             Task(
-                space=self._parts.space, latency=self._parts.latency, accuracy=self._newest_model, objectives=self._objectives,
+                space=self._parts.space, estimator=self._estimator, accuracy=self._newest_model, objectives=self._objectives,
                 limits=settings.limits, reference=self._plan.reference, seed=settings.seed, acceptable=self._acceptable,
             )
         )  # fmt: skip
