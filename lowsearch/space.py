@@ -282,10 +282,10 @@ class SearchSpace:
             for start in range(0, len(genomes), _CHUNK):
                 rows = genomes[start : start + _CHUNK]
                 # Exact in float64, and a float product runs on BLAS where an integer one does not.
-                entries = (rows.astype(np.float64) @ compiled.weights + compiled.offsets).astype(np.intp)
-                total = flat[entries[:, 0]]
-                for slot in range(1, entries.shape[1]):
-                    combine(total, flat[entries[:, slot]], out=total)
+                entries = np.ascontiguousarray((rows.astype(np.float64) @ compiled.weights + compiled.offsets).T.astype(np.intp))
+                total = flat.take(entries[0], axis=0)
+                for slot in entries[1:]:
+                    combine(total, flat.take(slot, axis=0), out=total)
                 combined[start : start + len(rows)] = total
             return combined
 
