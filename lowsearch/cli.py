@@ -343,6 +343,7 @@ def compare(
     shown = [
         {
             "network": r.name, "px": r.resolution_px, "latency_ms": r.latency_ms, "±": r.latency_std_ms, "verdict": r.verdict[0],
+            **({"energy_mJ": r.energy_mj} if any(row.energy_mj is not None for row in rows) else {}),
             "MMACs": r.macs / 1e6, "GMACs/s": r.gmacs_per_s, "Mparams": r.params / 1e6, "top1 % (published)": r.top1_percent,
         }
         for r in rows

@@ -153,6 +153,7 @@ class FakeMeasured:
     latency_ms: float
     latency_std_ms: float
     samples_ms: tuple = ((1.0,), (1.0,))
+    energy_mj: float | None = None
 
 
 def measure(archs, progress):

@@ -217,6 +217,18 @@ def test_the_shortlist_is_measured_together_and_once(tmp_path):
     assert calls == [archs]
 
 
+def test_measured_energy_reaches_shortlist_and_finalists(tmp_path):
+    def with_energy(archs, progress):
+        return [dataclasses.replace(m, energy_mj=20 * m.latency_ms) for m in fakes.measure(archs, progress)]
+
+    for name, measured in (("counted", with_energy), ("not", fakes.measure)):
+        (tmp_path / name).mkdir()
+        _, finals = finish(tmp_path / name, SETTINGS, make_candidates(20), measure=measured)
+        for row in (*finals, *rows_of(tmp_path / name / "shortlist.csv")):
+            expected = f"{20 * float(row['latency_ms']):.6g}" if name == "counted" else ""
+            assert row["energy_mj"] == expected or float(row["energy_mj"]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_networks_of_the_table_measured_again_tell_the_pace(tmp_path):
     genomes = SPACE.sample(5, rng=np.random.default_rng(3))
     anchors = [(SPACE.decode(g), 1.03 * float(ms([SPACE.decode(g)])[0]) / 1.2) for g in genomes]  # The fakes measure 1.03 predictions.

@@ -14,7 +14,7 @@ from pathlib import Path
 from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.errors import DeviceError, UsageError
-from lowsearch.latency.measure import Effort, Launcher, Progress, time_until_tight
+from lowsearch.latency.measure import Effort, Launcher, Progress, measure_energy, time_until_tight
 from lowsearch.latency.pace import Samples, hot_samples
 from lowsearch.latency.target import Device, Target, require_attached
 from lowsearch.latency.timing import Timing, TimmNetwork, Verdict, latency_ms, standard_error_ms, verdict
@@ -39,6 +39,10 @@ class ComparedNetwork:
     params: int
     top1_percent: float | None
     """Published ImageNet top-1 of the network of this name, whatever resolution it was published at; None where we know none."""
+
+    energy_mj: float | None = None
+    """Of one pass, rest included; None where the device counts none."""
+    idle_power_w: float | None = None
 
     @property
     def verdict(self) -> tuple[Verdict, str]:
@@ -75,7 +79,10 @@ def compare(
     unique = list(dict.fromkeys(items.values()))
     found = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
     samples = hot_samples(found)
-    rows = [_row(name, item, counted[name], found[item], *samples[item]) for name, item in items.items() if item in found]
+    energies = measure_energy([i for i in unique if i in found], target, device, seed=seed, launch=launch, progress=progress)
+    rows = [
+        _row(name, item, counted[name], found[item], *samples[item], energies.get(item)) for name, item in items.items() if item in found
+    ]
     if not rows:
         raise DeviceError(f"runtime {target.runtime} can execute none of {', '.join(items)}", hint="choose another --runtime")
     return sorted(rows, key=lambda row: row.latency_ms)
@@ -108,11 +115,18 @@ def _count(item: Arch | TimmNetwork) -> tuple[int, int]:
 
 
 def _row(
-    name: str, item: Arch | TimmNetwork, counted: tuple[int, int], timings: Sequence[Timing], samples: Samples, paces: tuple[float, ...]
+    name: str,
+    item: Arch | TimmNetwork,
+    counted: tuple[int, int],
+    timings: Sequence[Timing],
+    samples: Samples,
+    paces: tuple[float, ...],
+    energy: Timing | None,
 ) -> ComparedNetwork:
     return ComparedNetwork(
         name=name, resolution_px=item.resolution_px, latency_ms=latency_ms(samples, paces),
         latency_std_ms=standard_error_ms(samples, paces),
         wall_over_cpu=max(timing.wall_over_cpu for timing in timings), macs=counted[0], params=counted[1],
-        top1_percent=TOP1_PERCENT.get(name),
+        top1_percent=TOP1_PERCENT.get(name), energy_mj=energy.energy_mj if energy else None,
+        idle_power_w=energy.idle_power_w if energy else None,
     )  # fmt: skip

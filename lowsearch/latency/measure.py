@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,6 +26,7 @@ import lowsearch
 from lowsearch import cost, errors
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DeviceError, LowsearchError
+from lowsearch.latency.energy import why_not_exposed
 from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.pace import Samples, hot_samples
 from lowsearch.latency.target import Device, Target, require_attached
@@ -93,6 +94,8 @@ class Request:
     seed: int
     effort: Effort
     steps: tuple[tuple[Item, ...], ...]
+    energy: bool = False
+    """Count the energy of every network, one after the other, instead of timing it."""
 
     def to_json(self) -> str:
         values = dataclasses.asdict(dataclasses.replace(self, steps=()))
@@ -103,7 +106,7 @@ class Request:
         values = json.loads(text)
         return cls(
             target=Target.from_dict(values["target"]), process=values["process"], seed=values["seed"], effort=Effort(**values["effort"]),
-            steps=tuple(tuple(item_from_dict(item) for item in step) for step in values["steps"]),
+            steps=tuple(tuple(item_from_dict(item) for item in step) for step in values["steps"]), energy=values["energy"],
         )  # fmt: skip
 
 
@@ -164,13 +167,15 @@ def measure_networks(
 ) -> list[NetworkLatency]:
     """Latency of every network, in fresh processes and interleaved, in the order of `archs`; equal networks are measured once.
 
-    Raises DeviceError where the target's device is not attached, ParityError where the runtime computes something else than torch.
+    Where the device has an energy counter, with the energy of a pass. Raises DeviceError where the target's device is not attached,
+    ParityError where the runtime computes something else than torch.
     """
     device = require_attached(target, devices=devices)
     effort = effort or Effort(processes=processes, rounds=rounds, round_ms=40.0, max_samples=60)
     unique = list(dict.fromkeys(archs))
     timings = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
     by_arch = network_latencies({arch: timings[arch] for arch in unique})
+    by_arch = with_energy(by_arch, measure_energy(unique, target, device, seed=seed, launch=launch, progress=progress))
     return [by_arch[arch] for arch in archs]
 
 
@@ -229,6 +234,46 @@ def warn_of_refused(refused: Mapping[Item, str]) -> None:
     """Say what is left out, and why."""
     for reason in refused.values():
         log.warning("left out: %s", reason)
+
+
+def measure_energy(
+    networks: Sequence[Network],
+    target: Target,
+    device: Device,
+    *,
+    seed: int = 0,
+    launch: Launcher | None = None,
+    progress: Progress | None = None,
+    exposed: bool | None = None,
+) -> dict[Network, Timing]:
+    """Energy of every network, in one fresh process of its own: a counter hears everything that runs beside it.
+
+    Nothing where the device exposes no counter (`exposed`; None: ask this machine, unless `launch` stands in for it), and no entry
+    for a network whose counter stood still.
+    """
+    if exposed is None:
+        exposed = launch is None and not why_not_exposed(device.kind)
+    if not exposed or not networks:
+        return {}
+    groups = steps(networks, rng=np.random.default_rng(seed))
+    request = Request(target=target, process=0, seed=seed, effort=Effort(), steps=groups, energy=True)
+    found: dict[Network, Timing] = {}
+    for done, timing in enumerate((launch or launch_worker)(request), start=1):
+        if timing.energy_mj is not None:
+            found[cast(Network, timing.item)] = timing
+        if progress is not None:
+            progress(done, len(networks), "energy")
+    return found
+
+
+def with_energy(latencies: Mapping[Arch, NetworkLatency], energies: Mapping[Network, Timing]) -> dict[Arch, NetworkLatency]:
+    """`latencies` with the energy of those networks that it was counted of."""
+    return {
+        arch: dataclasses.replace(row, energy_mj=energies[arch].energy_mj, idle_power_w=energies[arch].idle_power_w)
+        if arch in energies
+        else row
+        for arch, row in latencies.items()
+    }
 
 
 def disputed(timings: Sequence[Timing]) -> bool:

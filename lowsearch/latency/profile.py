@@ -19,7 +19,7 @@ from lowsearch.arch import Arch, Block
 from lowsearch.errors import TableError
 from lowsearch.latency.block_model import BlockModel
 from lowsearch.latency.features import block_features
-from lowsearch.latency.measure import Effort, Launcher, Progress, network_latencies
+from lowsearch.latency.measure import Effort, Launcher, Progress, measure_energy, network_latencies, with_energy
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.pace import step_paces
 from lowsearch.latency.session import Found, Partial, Session, locked
@@ -89,6 +89,7 @@ def profile(
             archs = [arch for arch in chosen if arch not in {row.arch for row in known}][:n_networks]
             session.expect_fewer(network_effort.processes * (n_networks - len(archs)))  # A small space may not hold as many.
             table = _with_networks(table, space, session.measure(archs, network_effort))
+        table = _with_energy(table, space, device, seed=seed, launch=launch, progress=progress)
         # A GPU's clocks say something while it is warm, as it is now.
         table = dataclasses.replace(table, context=dataclasses.replace(here, **gpu_state(device)))
         table.save(folder)
@@ -271,3 +272,13 @@ def _with_networks(table: LatencyTable, space: SearchSpace, found: Found) -> Lat
     added = network_latencies({item: list(timings.values()) for item, timings in found.items() if isinstance(item, Arch)})
     networks = (*table.calibration.get(space.name, ()), *added.values())
     return dataclasses.replace(table, calibration={**table.calibration, space.name: networks})
+
+
+def _with_energy(
+    table: LatencyTable, space: SearchSpace, device: Device, *, seed: int, launch: Launcher | None, progress: Progress | None
+) -> LatencyTable:
+    """With the energy of the space's networks, where the device counts it."""
+    rows = {row.arch: row for row in table.calibration.get(space.name, ())}
+    uncounted = [arch for arch, row in rows.items() if row.energy_mj is None]
+    energies = measure_energy(uncounted, table.target, device, seed=seed, launch=launch, progress=progress)
+    return dataclasses.replace(table, calibration={**table.calibration, space.name: tuple(with_energy(rows, energies).values())})

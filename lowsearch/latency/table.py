@@ -107,7 +107,9 @@ class LatencyTable:
         for block in sorted(self.entries, key=_block_order):
             yield {"block": block_to_dict(block), **dataclasses.asdict(self.entries[block])}
         for space, row in networks:
-            yield {"space": space, "arch": row.arch.to_dict(), **{name: getattr(row, name) for name in _NETWORK_FIELDS}}
+            values = {name: getattr(row, name) for name in _NETWORK_FIELDS}
+            values = {name: value for name, value in values.items() if value is not None or name not in _ENERGY_FIELDS}
+            yield {"space": space, "arch": row.arch.to_dict(), **values}
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
@@ -192,6 +194,8 @@ _HEADER_FIELDS = ("schema", "version", "n_memory", "n_blocks", "n_networks", "ta
 _MEMORY_FIELDS = tuple(field.name for field in dataclasses.fields(MemoryLatency) if field.name != "n_bytes")
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
 _NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
+_ENERGY_FIELDS = ("energy_mj", "idle_power_w")
+"""Of a network, where the machine has a counter; left out where not."""
 _LATER_CONTEXT_FIELDS = {"clocks": "", "power_limit": ""}
 _KIND_ORDER = {kind: i for i, kind in enumerate(BLOCK_TYPES)}
 _FILE_NAME = re.compile(r"(?P<runtime>[a-z0-9.-]+)-(?P<precision>[a-z0-9]+)-b(?P<batch>\d+)-t(?P<threads>\d+)\.jsonl")
@@ -249,7 +253,7 @@ class _Reader:
                     self._fail(f"a second line for {read.n_bytes} bytes of memory")
                 memory[read.n_bytes] = read
             else:
-                self._check_fields(values, ("space", "arch", *_NETWORK_FIELDS))
+                self._check_fields({**dict.fromkeys(_ENERGY_FIELDS), **values}, ("space", "arch", *_NETWORK_FIELDS))
                 if not isinstance(values["space"], str):
                     self._fail(f"space is {values['space']!r}, expected a name")
                 row = self._network(values)
@@ -336,6 +340,7 @@ class _Reader:
             samples_ms=self._samples("samples_ms", values["samples_ms"]), paces=self._paces("paces", values["paces"]),
             wall_over_cpu=self._time("wall_over_cpu", values["wall_over_cpu"]),
             load_average=None if load is None else self._number("load_average", load),
+            **{name: self._time(name, values[name]) for name in _ENERGY_FIELDS if name in values},
         )  # fmt: skip
         self._check_statistic("latency_ms", row.latency_ms, row.samples_ms, row.paces)
         return row

@@ -82,6 +82,10 @@ class Timing:
     """Largest difference from torch's output, as a share of the largest output."""
     step: str = ""
     """Label of the step of its process that it was interleaved in."""
+    energy_mj: float | None = None
+    """Of one pass, where the request asked for energy (energy.py) and not for times; None where the counter gave none."""
+    idle_power_w: float | None = None
+    """Of the device at rest, just before."""
     refused: str = ""
     """Why the runtime cannot execute the item, or not rightly; then nothing was timed. Only networks of timm are refused: one of the space
     that fails is an error."""
@@ -109,6 +113,10 @@ class NetworkLatency:
     """For every process, how much slower than usual the machine was then (pace.py); divided out of `latency_ms`, not of the samples."""
     wall_over_cpu: float = 1.0
     load_average: float | None = None
+    energy_mj: float | None = None
+    """Of one pass, rest included, by the device's own counter (energy.py); None where the machine exposes none."""
+    idle_power_w: float | None = None
+    """Of the device at rest, just before; None where `energy_mj` is."""
 
     @property
     def latency_std_ms(self) -> float:

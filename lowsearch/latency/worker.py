@@ -5,8 +5,10 @@ Started fresh for every request by `measure.launch_worker`, so that nothing of a
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from torch import nn
 
 from lowsearch.arch import Arch, Block, input_channels
 from lowsearch.errors import DeviceError, LowsearchError, ParityError
+from lowsearch.latency.energy import EnergyCounter, Stopwatch, energy_of_pass_mj, open_counter, power_at_rest_w
 from lowsearch.latency.machine import load_average
 from lowsearch.latency.measure import Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
@@ -36,6 +39,8 @@ from lowsearch.model.blocks import LowtentionModule, build_block, conv2d, random
 from lowsearch.model.linear_attention import LinearAttention
 from lowsearch.model.lowformer import build_model
 from lowsearch.model.zoo import build_timm
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,9 @@ def serve(request: Request, bench: Bench, *, device: Device) -> Iterator[Timing]
     """Measure every step of `request` on `bench`."""
     check_supported(request.target, device.kind)
     rng = np.random.default_rng(request.seed)
+    if request.energy:
+        yield from count_energy(request, bench)
+        return
     began = int(time.time())
     for number, step in enumerate(request.steps):
         yield from measure_step(step, request, bench, rng=rng, label=f"{began}.{number}")
@@ -118,6 +126,46 @@ def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: n
     load = load_average()
     for one in prepared:
         yield Timing(item=one.item, process=request.process, load_average=load, step=label, **one.times())
+
+
+def count_energy(
+    request: Request, bench: Bench, *, counter: EnergyCounter | None = None, watch: Stopwatch | None = None
+) -> Iterator[Timing]:
+    """The energy of a pass of every network of `request`, one after the other. `counter`: None for the device's own.
+
+    A network that cannot run or a counter that stands still gives a Timing without energy: its latency is worth having without it.
+    """
+    for item in (item for step in request.steps for item in step):
+        timing = Timing(item=item, process=request.process, hot_ms=())
+        try:
+            counter = _counter(bench.torch_device) if counter is None else counter
+            expected = _expect(item, request.target, seed=request.seed)
+            with bench.turn():
+                program = _prepare(expected, request.target, bench).program
+                idle_power_w = power_at_rest_w(counter, watch=watch)
+                energy_mj = energy_of_pass_mj(_completed(program.run, bench.torch_device), counter, watch=watch)
+        except (DeviceError, ParityError) as error:
+            log.warning("no energy of %s: %s", item, error.message)
+            yield timing
+            continue
+        yield dataclasses.replace(timing, energy_mj=float(f"{energy_mj:.6g}"), idle_power_w=float(f"{idle_power_w:.4g}"))
+
+
+def _counter(device: torch.device) -> EnergyCounter:
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+    return open_counter(device.type, uuid=uuid)
+
+
+def _completed(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`run`, returning when its work is done and not only queued."""
+    if device.type != "cuda":
+        return run
+
+    def completed() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return completed
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _table(rows: Sequence[ComparedNetwork]) -> str:
-    head = "".join(f"<th{'' if column == 'network' else ' class=number'}>{escape(column)}</th>" for column in _COLUMNS)
+    counted = any(row.energy_mj is not None for row in rows)
+    columns = [*_COLUMNS, *(["energy, mJ"] if counted else [])]
+    head = "".join(f"<th{'' if column == 'network' else ' class=number'}>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>"
         + f"<td>{escape(row.name)}</td>"
@@ -109,6 +111,7 @@ def _table(rows: Sequence[ComparedNetwork]) -> str:
             for value in (
                 row.resolution_px, f"{row.latency_ms:.4g}", f"{row.latency_std_ms:.2g}", f"{row.macs / 1e6:,.0f}", f"{row.gmacs_per_s:.1f}",
                 f"{row.params / 1e6:.2f}", "" if row.top1_percent is None else f"{row.top1_percent:.1f}",
+                *(["" if row.energy_mj is None else f"{row.energy_mj:.4g}"] if counted else []),
             )
         )
         + "</tr>"

@@ -52,6 +52,8 @@ class Network:
     time_per_image_ms: float = NAN
     peak_memory_mb: float = NAN
     artifact_mb: float = NAN
+    energy_mj: float = NAN
+    """Of one pass, as measured; known where the device counts it."""
     macs: float = NAN
     params: float = NAN
     resolution_px: float = NAN
@@ -263,6 +265,7 @@ def _network(row: _Row) -> Network:
         time_per_image_ms=row.number("time_per_image_ms", least=0),
         peak_memory_mb=row.number("peak_memory_mb", least=0),
         artifact_mb=row.number("artifact_mb", least=0),
+        energy_mj=row.number("energy_mj", least=0),
         macs=row.number("macs", least=0),
         params=row.number("params", least=0),
         resolution_px=row.number("resolution_px", least=0),

@@ -529,6 +529,7 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
         ("Time per image", _time_per_image(network), network.latency_source),
         ("Peak memory", amount(network.peak_memory_mb, "MB"), ""),
         ("File size", amount(network.artifact_mb, "MB"), ""),
+        ("Energy", amount(network.energy_mj, "mJ"), "measured"),
         ("MACs", count(network.macs), ""),
         ("Parameters", count(network.params), ""),
         ("Resolution", f"{network.resolution_px:.0f} px" if math.isfinite(network.resolution_px) else "", ""),

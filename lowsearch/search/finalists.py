@@ -27,7 +27,7 @@ from lowsearch.search.objectives import LATENCY_METRICS, Metric, of_latency
 from lowsearch.search.outputs import accuracy_columns, decode, write_csv
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import StudySettings
-from lowsearch.search.shortlist import Measurements, best_cover, keeps_latency_limits, largest_allowed_ms, measure, shortlist
+from lowsearch.search.shortlist import Measurement, Measurements, best_cover, keeps_latency_limits, largest_allowed_ms, measure, shortlist
 from lowsearch.search.storage import Candidate
 
 PLAN = "finalists.json"
@@ -39,8 +39,8 @@ FINAL_SEED_STREAM = 1_000_003
 COLUMNS = (
     "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source", "score",
     "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
-    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params", "resolution_px", "on_front", "weights",
-    "estimated_accuracy", "n_seeds",
+    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "macs", "params", "resolution_px", "on_front",
+    "weights", "estimated_accuracy", "n_seeds",
 )  # fmt: skip
 
 
@@ -231,13 +231,14 @@ def write_finals(
         estimates = estimator.estimate(parts.space.encode(f.arch)[None])
         mean = {metric: float(values[0]) for metric, values in estimates.mean.items()}
         predicted = (mean["latency_ms"], float(estimates.std["latency_ms"][0]))
-        latency_ms, latency_std_ms, *_ = measured.networks.get(f.arch_id, predicted)
+        found = measured.networks.get(f.arch_id) or Measurement(*predicted, predicted_latency_ms=mean["latency_ms"])
+        latency_ms = found.latency_ms
         row: dict[str, Any] = {
             **mean, **{metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS},
-            "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_std_ms": latency_std_ms,
+            "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_std_ms": found.latency_std_ms,
             "latency_source": "measured" if f.arch_id in measured.networks else parts.latency_source,
             "predicted_latency_ms": mean["latency_ms"], "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms),
-            "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
+            "energy_mj": found.energy_mj, "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
         }  # fmt: skip
         if scores[f.arch_id]:
             row |= _trained_columns(scores[f.arch_id], seed_std, seed_std_origin)

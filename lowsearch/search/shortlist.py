@@ -30,8 +30,9 @@ MEASUREMENTS = "measurements.json"
 MAX_SHORTLISTED = 24
 COLUMNS = (
     "arch_id", "name", "origin", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
+    "energy_mj",
 )  # fmt: skip
-_RAW = ("samples_ms", "paces", "wall_over_cpu", "load_average")
+_RAW = ("samples_ms", "paces", "wall_over_cpu", "load_average", "energy_mj", "idle_power_w")
 
 
 class Measurement(NamedTuple):
@@ -40,6 +41,8 @@ class Measurement(NamedTuple):
     latency_ms: float
     latency_std_ms: float
     predicted_latency_ms: float
+    energy_mj: float = math.nan
+    """Of one pass, where the device counts it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,10 @@ class Measurements:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            networks = {str(row["arch_id"]): Measurement(*(float(row[name]) for name in Measurement._fields)) for row in values["networks"]}
+            networks = {
+                str(row["arch_id"]): Measurement(**{name: float(row[name]) for name in Measurement._fields if row.get(name) is not None})
+                for row in values["networks"]
+            }
             return cls(networks=networks, pace=math.nan if values["pace"] is None else float(values["pace"]))
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(
@@ -131,7 +137,7 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     for i, (arch, latency) in enumerate(zip(archs, measured, strict=False)):
         row: dict[str, Any] = {"arch_id": arch.arch_id, "latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms}
         row |= {"predicted_latency_ms": predicted.mean["latency_ms"][i], "predicted_latency_std_ms": predicted.std["latency_ms"][i]}
-        row |= {name: getattr(latency, name) for name in _RAW if hasattr(latency, name)}
+        row |= {name: getattr(latency, name) for name in _RAW if getattr(latency, name, None) is not None}
         rows.append(row)
     content = {"pace": None if math.isnan(pace) else pace, "anchors": len(anchors), "networks": rows}
     write_atomically(folder / MEASUREMENTS, json.dumps(content, indent=1, default=float) + "\n")
