@@ -388,7 +388,8 @@ def insights(
 def run(
     context: typer.Context,
     objective: Annotated[
-        str, typer.Option("--objective", help="Names joined by '-': acc, latency, throughput, imagetime, memory, size, macs, params.")
+        str,
+        typer.Option("--objective", help="Joined by '-': acc, latency, throughput, imagetime, memory, size, energy, macs, params."),
     ] = "acc-latency",
     device: DeviceOption = "cpu",
     runtime: RuntimeOption = "onnxruntime",
@@ -882,6 +883,7 @@ def _print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
     from lowsearch.report.tables import UNITS, asked_metrics
 
     headings = {"throughput_ips": "images/s", "time_per_image_ms": "ms/image", "peak_memory_mb": "memory MB", "artifact_mb": "file MB"}
+    headings["energy_mj"] = "energy mJ"
     asked = [metric for metric in UNITS if metric in headings and metric in asked_metrics(study)]
     trained = any(row.get("test_accuracy") is not None for row in front)
     rows = [

@@ -229,6 +229,20 @@ def test_measured_energy_reaches_shortlist_and_finalists(tmp_path):
             assert row["energy_mj"] == expected or float(row["energy_mj"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_network_that_measures_over_its_limit_on_energy_is_not_chosen():
+    found = make_candidates(40)
+    settings = dataclasses.replace(SETTINGS, limits=parse_limits(maxima=["energy_mj=5"]))
+    proposed = [c for c in found if c.origin != "family"]
+    over = {SPACE.decode(c.genome).arch_id for c in proposed[::2]}
+    rows = {}
+    for c in proposed:
+        arch = SPACE.decode(c.genome)
+        energy_mj = 6.0 if arch.arch_id in over else math.nan if arch.arch_id.startswith("0") else 4.0
+        rows[arch.arch_id] = Measurement(*[float(ms([arch])[0])] * 3, energy_mj=energy_mj)
+    chosen = choose(settings, parts(), found, Measurements(networks=rows), REFERENCE)
+    assert proposals(chosen) and not {f.arch_id for f in proposals(chosen)} & over
+
+
 def test_networks_of_the_table_measured_again_tell_the_pace(tmp_path):
     genomes = SPACE.sample(5, rng=np.random.default_rng(3))
     anchors = [(SPACE.decode(g), 1.03 * float(ms([SPACE.decode(g)])[0]) / 1.2) for g in genomes]  # The fakes measure 1.03 predictions.

@@ -156,6 +156,15 @@ def test_limits_on_throughput_and_time_per_image_are_the_limit_on_latency_they_a
     assert kept(maxima=[f"throughput_ips={1000 * batch / 3!r}"]) == (fastest[0], False, pytest.approx(3.0))
 
 
+def test_energy_keeps_its_limit_at_the_confidence_too():
+    from lowsearch.search.estimates import Estimates, at_confidence
+
+    estimates = Estimates({"energy_mj": np.array([10.0])}, {"energy_mj": np.array([2.0])})
+    (cap,), (floor,) = (parse_limits(**{side: ["energy_mj=9"]}, confidence=0.9) for side in ("maxima", "minima"))
+    assert at_confidence(estimates, cap) == pytest.approx(10 + 1.2816 * 2, abs=1e-3)
+    assert at_confidence(estimates, floor) == pytest.approx(10 - 1.2816 * 2, abs=1e-3)
+
+
 @pytest.mark.parametrize("confidence", [0.0, 0.49, 1.0, 1.5, float("nan")])
 def test_a_confidence_that_is_none_is_refused(confidence):
     with pytest.raises(UsageError, match="confidence"):

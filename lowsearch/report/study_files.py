@@ -53,7 +53,8 @@ class Network:
     peak_memory_mb: float = NAN
     artifact_mb: float = NAN
     energy_mj: float = NAN
-    """Of one pass, as measured; known where the device counts it."""
+    """Of one pass; known where the device counts it."""
+    energy_source: str = ""
     macs: float = NAN
     params: float = NAN
     resolution_px: float = NAN
@@ -266,6 +267,7 @@ def _network(row: _Row) -> Network:
         peak_memory_mb=row.number("peak_memory_mb", least=0),
         artifact_mb=row.number("artifact_mb", least=0),
         energy_mj=row.number("energy_mj", least=0),
+        energy_source=row.text("energy_source"),
         macs=row.number("macs", least=0),
         params=row.number("params", least=0),
         resolution_px=row.number("resolution_px", least=0),

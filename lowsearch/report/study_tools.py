@@ -156,7 +156,7 @@ def _caveats(first: StudyFiles, second: StudyFiles, fronts: Sequence[Sequence[Ne
     def differ(names: Sequence[str]) -> list[str]:
         return [name for name in names if first.settings.get(name) != second.settings.get(name)]
 
-    timed = tables.objectives(first).latency_metric is not None
+    timed = tables.objectives(first).latency_metric is not None or "energy_mj" in metrics
     if timed and differ(TARGET):
         found.append(f"latencies of different targets ({', '.join(differ(TARGET))})")
     if {"peak_memory_mb", "artifact_mb"} & {*metrics} and differ(("precision", "batch")):

@@ -58,6 +58,7 @@ AXES: dict[Metric, Axis] = {
     "time_per_image_ms": Axis("Time per image, ms", lambda n: n.time_per_image_ms, lambda n: n.time_per_image_ms * relative_std(n)),
     "peak_memory_mb": Axis("Peak memory, MB", lambda n: n.peak_memory_mb),
     "artifact_mb": Axis("File size, MB", lambda n: n.artifact_mb),
+    "energy_mj": Axis("Energy, mJ", lambda n: n.energy_mj),
     "macs": Axis("MACs, millions", lambda n: n.macs / 1e6),
     "params": Axis("Parameters, thousands", lambda n: n.params / 1e3),
 }
@@ -201,8 +202,9 @@ def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
 
 
 def asked_metrics(study: StudyFiles) -> set[str]:
-    """The metrics of the study's objectives and limits."""
-    return {*objectives(study).metrics, *(str(limit).partition(" ")[0] for limit in study.settings.get("limits") or ())}
+    """The metrics of the study's objectives and limits, and energy where it was measured."""
+    counted = {"energy_mj"} if any(network.energy_source == MEASURED for network in study.finalists) else set()
+    return {*counted, *objectives(study).metrics, *(str(limit).partition(" ")[0] for limit in study.settings.get("limits") or ())}
 
 
 def searches_latency(study: StudyFiles) -> bool:
@@ -529,7 +531,7 @@ def number_rows(network: Network) -> list[tuple[str, str, str]]:
         ("Time per image", _time_per_image(network), network.latency_source),
         ("Peak memory", amount(network.peak_memory_mb, "MB"), ""),
         ("File size", amount(network.artifact_mb, "MB"), ""),
-        ("Energy", amount(network.energy_mj, "mJ"), "measured"),
+        ("Energy", amount(network.energy_mj, "mJ"), network.energy_source),
         ("MACs", count(network.macs), ""),
         ("Parameters", count(network.params), ""),
         ("Resolution", f"{network.resolution_px:.0f} px" if math.isfinite(network.resolution_px) else "", ""),

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
+from lowsearch.latency.energy import why_not_exposed
+from lowsearch.latency.energy_model import MIN_COUNTED, counted_networks, fit_energy
 from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context, profile, staleness, usable_table
 from lowsearch.latency.table import LatencyTable, check_fits
-from lowsearch.latency.target import resolve_device
+from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, target_of
 from lowsearch.search.parts import FinalScore, Parts, Progress
@@ -85,16 +87,39 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
     target = target_of(settings)
     stored = folder / TABLE_FILE
     if not stored.exists():
-        if usable_table(space, target, allow_stale=settings.allow_stale) is None:
-            profile(space, target, progress=progress)
         table = usable_table(space, target, allow_stale=settings.allow_stale)
+        if _lacks_energy(settings, space, table):
+            require_counter(target)
+        if table is None or _lacks_energy(settings, space, table):
+            profile(space, target, progress=progress)
+            table = usable_table(space, target, allow_stale=settings.allow_stale)
         assert table is not None, "profile has just measured it"
         LatencyPredictor(space, table)  # Raises where the table cannot carry a search.
+        if _lacks_energy(settings, space, table):
+            raise StudyError(f"energy is asked for, but the counter of {target.device} gave none", hint=_WITHOUT_ENERGY)
         _copy_table(table, stored)
     elif not settings.allow_stale and (device := resolve_device(target.device)).attached:
         check_fits(LatencyTable.load(stored), target, current_context(target, device))
     if settings.allow_stale and (stale := staleness(LatencyTable.load(stored))):
         log.warning("the latency table does not fit this machine (%s); it is used all the same, as --allow-stale says", "; ".join(stale))
+
+
+_WITHOUT_ENERGY = "leave energy out of --objective, --max and --min, or search on a machine that counts it"
+
+
+def _lacks_energy(settings: StudySettings, space: SearchSpace, table: LatencyTable | None) -> bool:
+    """Whether the study asks for energy and `table` cannot tell it."""
+    asked = {*settings.objectives.metrics, *(limit.metric for limit in settings.limits)}
+    return "energy_mj" in asked and (table is None or len(counted_networks(table, space)) < MIN_COUNTED)
+
+
+def require_counter(target: Target, *, why_not: Callable[[str], str] = why_not_exposed) -> None:
+    """Raise StudyError, with the reason, where the energy of `target`'s networks cannot be counted here."""
+    device = resolve_device(target.device)
+    if not device.attached:
+        raise StudyError(f"energy is asked for, but the latency table of {target} holds none", hint=_WITHOUT_ENERGY)
+    if why := why_not(device.kind):
+        raise StudyError(f"energy is asked for, but this machine exposes no energy counter: {why}", hint=_WITHOUT_ENERGY)
 
 
 def build_parts(folder: Path, settings: StudySettings) -> Parts:
@@ -150,6 +175,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
         train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
         proxies=proxies if trains else None, measure=measure if attached else None, batch=target.batch, precision=target.precision,
+        energy=fit_energy(predictor),
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
         facts=_facts(settings, table, data, stale=staleness(table) if settings.allow_stale else []),
     )  # fmt: skip

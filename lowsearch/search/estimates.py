@@ -34,6 +34,14 @@ class LatencyModel(Protocol):
         ...
 
 
+class EnergyPredictor(Protocol):
+    """Predicted energy; `latency.energy_model.EnergyModel` is one."""
+
+    def predict(self, genomes: np.ndarray, latency_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, n_genes) and their predicted latency (n,) -> mean_mj (n,), std_mj (n,) of one pass."""
+        ...
+
+
 class AccuracyModel(Protocol):
     """Predicted accuracy after the full schedule; `accuracy.AccuracyPredictor` is one."""
 
@@ -51,7 +59,7 @@ class Estimates:
     """What is known of n networks before they are trained."""
 
     mean: Mapping[Metric, np.ndarray]
-    """(n,) per metric; `accuracy` is absent where there is no model of it."""
+    """(n,) per metric; `accuracy` and `energy_mj` are absent where there is no model of them."""
     std: Mapping[Metric, np.ndarray]
     batch: int = 1
     """Images of the forward pass that latency is of."""
@@ -63,9 +71,18 @@ class Estimator:
     `batch` and `precision` are the target's: throughput, memory and file size depend on them.
     """
 
-    def __init__(self, space: SearchSpace, latency: LatencyModel | None, *, batch: int = 1, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        latency: LatencyModel | None,
+        *,
+        batch: int = 1,
+        precision: Precision = "fp32",
+        energy: EnergyPredictor | None = None,
+    ) -> None:
         self.space = space
         self.latency = latency
+        self.energy = energy
         self.batch = batch
         self.precision: Precision = precision
 
@@ -99,6 +116,8 @@ class Estimator:
             for metric in LATENCY_METRICS:
                 mean[metric] = of_latency(metric, latency_ms, self.batch)
                 std[metric] = mean[metric] * (std_ms / latency_ms)
+            if self.energy is not None:
+                mean["energy_mj"], std["energy_mj"] = self.energy.predict(genomes, latency_ms)
         if accuracy is not None:
             mean["accuracy"], std["accuracy"] = map(np.asarray, accuracy.predict(genomes))
         return Estimates(mean, std, self.batch)
@@ -107,14 +126,17 @@ class Estimator:
 def at_confidence(estimates: Estimates, limit: Limit) -> np.ndarray:
     """The values (n,) that `limit` is held against, in its metric.
 
-    Latency counts at the limit's confidence (a bare mean would break it half the time), and throughput and time per image are those of
-    that latency; accuracy counts with a margin in its favour.
+    Latency and energy count at the limit's confidence (a bare mean would break it half the time), and throughput and time per image are
+    those of that latency; accuracy counts with a margin in its favour.
     """
+    quantile = NormalDist().inv_cdf(limit.confidence)
     if limit.metric in LATENCY_METRICS:
-        margin_ms = NormalDist().inv_cdf(limit.confidence) * estimates.std["latency_ms"]
+        margin_ms = quantile * estimates.std["latency_ms"]
         latency_ms = estimates.mean["latency_ms"] + (margin_ms if limit.caps_latency else -margin_ms)
         return of_latency(limit.metric, np.maximum(latency_ms, _LEAST_MS), estimates.batch)
     value, std = estimates.mean[limit.metric], estimates.std[limit.metric]
+    if limit.metric == "energy_mj":
+        return value + quantile * (std if limit.side == "max" else -std)
     if limit.metric == "accuracy":
         return value + ACCURACY_MARGIN * (std if limit.side == "min" else -std)
     return value

@@ -27,7 +27,7 @@ from lowsearch.search.objectives import LATENCY_METRICS, Metric, of_latency
 from lowsearch.search.outputs import accuracy_columns, decode, write_csv
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import StudySettings
-from lowsearch.search.shortlist import Measurement, Measurements, best_cover, keeps_latency_limits, largest_allowed_ms, measure, shortlist
+from lowsearch.search.shortlist import Measurement, Measurements, best_cover, keeps_measured_limits, largest_allowed_ms, measure, shortlist
 from lowsearch.search.storage import Candidate
 
 PLAN = "finalists.json"
@@ -39,8 +39,8 @@ FINAL_SEED_STREAM = 1_000_003
 COLUMNS = (
     "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source", "score",
     "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
-    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "macs", "params", "resolution_px", "on_front",
-    "weights", "estimated_accuracy", "n_seeds",
+    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "energy_source", "macs", "params", "resolution_px",
+    "on_front", "weights", "estimated_accuracy", "n_seeds",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def choose(
     """
     proposals = [c for c in listed if c.origin != "family"]
     found = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in proposals]
-    keeping = [c for c, m in zip(proposals, found, strict=True) if m is None or keeps_latency_limits(settings, m.latency_ms)]
+    keeping = [c for c, m in zip(proposals, found, strict=True) if m is None or keeps_measured_limits(settings, m)]
     chosen = best_cover(
         settings, parts, keeping or proposals, measured, reference_costs, at_least=MIN_PROPOSALS, at_most=MAX_PROPOSALS
     )  # fmt: skip
@@ -238,8 +238,11 @@ def write_finals(
             "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_std_ms": found.latency_std_ms,
             "latency_source": "measured" if f.arch_id in measured.networks else parts.latency_source,
             "predicted_latency_ms": mean["latency_ms"], "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms),
-            "energy_mj": found.energy_mj, "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
+            "energy_source": "predicted" if "energy_mj" in mean else "",
+            "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
         }  # fmt: skip
+        if not math.isnan(found.energy_mj):
+            row |= {"energy_mj": found.energy_mj, "energy_source": "measured"}
         if scores[f.arch_id]:
             row |= _trained_columns(scores[f.arch_id], seed_std, seed_std_origin)
             row |= {"weights": f"models/{f.arch_id}/model.safetensors", "estimated_accuracy": f.estimated_accuracy}

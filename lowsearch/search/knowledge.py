@@ -20,6 +20,7 @@ from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.arch import Arch
 from lowsearch.errors import NotInSpaceError, StudyError, TableError
+from lowsearch.latency.energy_model import fit_energy
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import usable_table
 from lowsearch.latency.table import LatencyTable
@@ -58,7 +59,9 @@ class Knowledge:
     def estimator(self) -> Estimator:
         """Scores populations of the space, on the table's target."""
         target = self.latency.table.target
-        return Estimator(self.space, self.latency, batch=target.batch, precision=target.precision)
+        return Estimator(
+            self.space, self.latency, batch=target.batch, precision=target.precision, energy=fit_energy(self.latency)
+        )  # fmt: skip
 
 
 def target_of(settings: StudySettings) -> Target:

@@ -17,7 +17,7 @@ from lowsearch.errors import UsageError
 from lowsearch.search.pareto import MAX_OBJECTIVES
 
 Metric = Literal[
-    "accuracy", "latency_ms", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params"
+    "accuracy", "latency_ms", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "macs", "params"
 ]  # fmt: skip
 Direction = Literal["maximize", "minimize"]
 """Optuna's spelling."""
@@ -54,6 +54,7 @@ _ALL = (
     Objective(name="imagetime", metric="time_per_image_ms", direction="minimize", unit="ms/image", word="time per image", log=True),
     Objective(name="memory", metric="peak_memory_mb", direction="minimize", unit="MB", word="peak memory", log=True),
     Objective(name="size", metric="artifact_mb", direction="minimize", unit="MB", word="file size", log=True),
+    Objective(name="energy", metric="energy_mj", direction="minimize", unit="mJ", word="energy", log=True),
     Objective(name="macs", metric="macs", direction="minimize", unit="multiply-adds", word="MACs", log=True),
     Objective(name="params", metric="params", direction="minimize", unit="weights", word="parameters", log=True),
 )
@@ -159,7 +160,7 @@ class Limit:
     bound: float
     side: Literal["max", "min"]
     confidence: float = DEFAULT_CONFIDENCE
-    """Probability, by the prediction's own error, with which one of LATENCY_METRICS has to keep the bound before a network is tried."""
+    """Probability, by the prediction's own error, with which latency or energy has to keep the bound before a network is tried."""
 
     def __str__(self) -> str:
         return f"{self.metric} {'<=' if self.side == 'max' else '>='} {self.bound:g}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
-from lowsearch.search.estimates import AccuracyModel, Estimator, LatencyModel
+from lowsearch.search.estimates import AccuracyModel, EnergyPredictor, Estimator, LatencyModel
 from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
 
@@ -120,6 +120,8 @@ class Parts:
     """Images of the forward pass that latency is of."""
     precision: Precision = "fp32"
     """What latency is measured in; memory and file size are of it too."""
+    energy: EnergyPredictor | None = None
+    """None where the latency table holds no energy."""
     anchors: Sequence[tuple[Arch, float]] = ()
     """Some networks of the latency table and their latency_ms there: measured again, they tell the pace of the machine."""
     held_out: Callable[[int], Training] | None = None
@@ -134,7 +136,7 @@ class Parts:
     @property
     def estimator(self) -> Estimator:
         """Scores populations of the space, on the study's target."""
-        return Estimator(self.space, self.latency, batch=self.batch, precision=self.precision)
+        return Estimator(self.space, self.latency, batch=self.batch, precision=self.precision, energy=self.energy)
 
 
 class StandIn(AccuracyModel, Protocol):

@@ -29,6 +29,7 @@ from lowsearch.search import pareto
 from lowsearch.search.estimates import (
     AccuracyModel,
     AccuracySource,
+    EnergyPredictor,
     Estimates,
     Estimator,
     LatencyModel,
@@ -81,6 +82,7 @@ class LowSearchSampler(BaseSampler):
         reference: Mapping[Metric, float] | None = None,
         batch: int = 1,
         precision: Precision = "fp32",
+        energy: EnergyPredictor | None = None,
         seed: int = 0,
         evolution: Evolution | None = None,
     ) -> None:
@@ -93,8 +95,11 @@ class LowSearchSampler(BaseSampler):
         self.seed = seed
         self.evolution = evolution or Evolution()
         self._accuracy = accuracy
-        self._estimator = Estimator(space, latency, batch=batch, precision=precision)
-        if latency is None and {*self.objectives.metrics, *(limit.metric for limit in limits)} & {*LATENCY_METRICS}:
+        self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
+        asked = {*self.objectives.metrics, *(limit.metric for limit in limits)}
+        if energy is None and "energy_mj" in asked:
+            raise UsageError("energy is an objective or has a limit, but the sampler was given no energy model", hint="pass energy=")
+        if latency is None and asked & {*LATENCY_METRICS}:
             raise UsageError("latency is an objective or has a limit, but the sampler was given no latency model", hint="pass latency=")
         values = dict(reference) if reference is not None else reference_values(self._estimator, chance_accuracy=1 / space.num_classes)
         for limit in self.limits:  # Beyond a limit nothing is gained, so the acquisition counts from there.

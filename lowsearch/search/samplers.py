@@ -45,8 +45,8 @@ class Task:
 
 def _ours(task: Task) -> BaseSampler:
     return LowSearchSampler(
-        task.space, latency=task.estimator.latency, batch=task.estimator.batch, precision=task.estimator.precision,
-        accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
+        task.space, latency=task.estimator.latency, batch=task.estimator.batch, precision=task.estimator.precision, 
+        energy=task.estimator.energy, accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
         reference=task.reference, seed=task.seed,
     )  # fmt: skip
 

@@ -106,6 +106,9 @@ def best_cover(
     known = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in found]
     latency_ms = np.array([predicted if m is None else m.latency_ms for m, predicted in zip(known, mean["latency_ms"], strict=True)])
     mean |= {metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS}
+    if "energy_mj" in mean:
+        known_mj = [math.nan if m is None else m.energy_mj for m in known]
+        mean["energy_mj"] = np.where(np.isnan(known_mj), mean["energy_mj"], known_mj)
     costs = candidate_costs(settings, found, [{metric: values[i] for metric, values in mean.items()} for i in range(len(found))])
     chosen: list[int] = []
     rest = list(range(len(found)))
@@ -146,10 +149,11 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     return found
 
 
-def keeps_latency_limits(settings: StudySettings, latency_ms: float) -> bool:
-    """Whether a measured latency is within the study's limits on latency, throughput and time per image."""
-    limits = [limit for limit in settings.limits if limit.metric in LATENCY_METRICS]
-    return all(float(limit.excess(of_latency(limit.metric, latency_ms, settings.batch))) <= 0 for limit in limits)
+def keeps_measured_limits(settings: StudySettings, measured: Measurement) -> bool:
+    """Whether a network is within the study's limits on what was measured of it: latency, throughput, time per image, energy."""
+    values = {metric: of_latency(metric, measured.latency_ms, settings.batch) for metric in LATENCY_METRICS}
+    values |= {"energy_mj": measured.energy_mj}
+    return not any(float(limit.excess(np.array(values[limit.metric]))) > 0 for limit in settings.limits if limit.metric in values)
 
 
 def largest_allowed_ms(settings: StudySettings) -> float:
