@@ -134,17 +134,20 @@ def space(name: Annotated[str, typer.Argument(help="A space's name or YAML file.
 
 @app.command()
 def cost(network: Annotated[str, typer.Argument(help="A preset, or a network's arch.json.")], as_json: JsonFlag = False) -> None:
-    """MACs, params and activations of a network, block by block."""
+    """MACs, params and activations of a network, block by block; peak memory and file size of the whole, in fp32 at batch 1."""
     from lowsearch import cost as costs
+    from lowsearch.footprint import artifact_mb, peak_memory_mb
 
     arch = _network(network)
+    footprint = {"peak_memory_mb": peak_memory_mb(arch), "artifact_mb": artifact_mb(arch)}
     counted = costs.count(arch)
     rows = [{"place": place, "kind": block.kind, **_costs(block_cost)} for place, block, block_cost in counted.per_block]
     total = {"place": "total", "kind": f"{arch.resolution_px} px", **_costs(counted)}
     if as_json:
-        _print_json({"arch_id": arch.arch_id, "arch": arch.to_dict(), **_costs(counted), "blocks": rows})
+        _print_json({"arch_id": arch.arch_id, "arch": arch.to_dict(), **_costs(counted), **footprint, "blocks": rows})
         return
     _print_rows(f"{network} ({arch.arch_id})", [*rows, total])
+    _tell(f"peak memory {footprint['peak_memory_mb']:.4g} MB, file {footprint['artifact_mb']:.4g} MB (fp32, batch 1)")
 
 
 @app.command()
@@ -896,7 +899,7 @@ def _print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
             else {}
         )
         | {"latency_ms": row["latency_ms"], "±": row["latency_std_ms"], "source": row["latency_source"]}
-        | {headings[metric]: row.get(metric) for metric in asked}
+        | {headings[metric]: _whole_where_large(row.get(metric)) for metric in asked}
         | {"MMACs": row["macs"] / 1e6, "Mparams": row["params"] / 1e6, "px": row["resolution_px"]}
         for row in sorted(front, key=lambda row: row["latency_ms"])
     ]
@@ -904,6 +907,10 @@ def _print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
         _print_rows(f"Front of {study.name}: {len(rows)} networks", rows)
     else:
         _tell("the front is empty: no network kept the limits")
+
+
+def _whole_where_large(value: float | None) -> float | None:
+    return round(value) if value is not None and value >= 1000 else value
 
 
 def _percent(row: Mapping[str, Any], key: str) -> float | None:
