@@ -82,7 +82,7 @@ class FakeNvml:
         pass
 
     def __init__(self, *, driver: bool = True) -> None:
-        self.driver, self.total_mj = driver, 7_000_000
+        self.driver, self.total_mj, self.lost = driver, 7_000_000, False
 
     def nvmlInit(self) -> None:
         if not self.driver:
@@ -97,6 +97,8 @@ class FakeNvml:
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         if handle != "GPU-0":
             raise self.NVMLError("Not Supported")
+        if self.lost:
+            raise self.NVMLError("GPU is lost")
         return self.total_mj
 
 
@@ -106,6 +108,9 @@ def test_nvml_counts_from_when_it_was_opened() -> None:
     assert isinstance(counter, NvmlCounter) and counter.read_mj() == 0
     nvml.total_mj += 1234
     assert counter.read_mj() == 1234
+    nvml.lost = True
+    with pytest.raises(DeviceError, match="GPU is lost"):
+        counter.read_mj()
 
 
 def test_a_machine_without_a_counter_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +172,19 @@ def test_energy_of_a_pass_is_what_the_device_took_meanwhile(pass_s: float, step_
     found = energy_of_pass_mj(device.run, device, watch=device.watch)
     assert found == pytest.approx(30.0 * 1000 * pass_s + 40 * pass_s, rel=0.03)
     assert device.n_passes * pass_s >= 1.0
+
+
+def test_queued_passes_are_waited_for_before_the_counter_is_read() -> None:
+    device = SimulatedDevice(pass_s=1e-3, pass_mj=0.0, rest_w=50.0, step_s=0.02)
+    queued: list[None] = []
+
+    def wait() -> None:
+        while queued:
+            queued.pop()
+            device.run()
+
+    found = energy_of_pass_mj(lambda: queued.append(None), device, wait=wait, watch=device.watch)
+    assert found == pytest.approx(50.0, rel=0.03) and not queued
 
 
 def test_a_counter_that_stands_still_is_no_energy_of_zero() -> None:

@@ -73,7 +73,10 @@ class NvmlCounter:
         return float(self._now_mj() - self._first_mj)
 
     def _now_mj(self) -> int:
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        except self._nvml.NVMLError as error:
+            raise DeviceError(f"NVML counts no energy of this GPU: {error}") from error
 
 
 def open_counter(kind: str, *, uuid: str | None = None, powercap: Path = POWERCAP, nvml: Any = None) -> EnergyCounter:
@@ -112,20 +115,25 @@ class Stopwatch:
     sleep: Callable[[float], None] = time.sleep
 
 
-def energy_of_pass_mj(run: Run, counter: EnergyCounter, *, loop_s: float = LOOP_S, watch: Stopwatch | None = None) -> float:
-    """Millijoules of one `run`, over at least `loop_s` of them; `run` returns when its work is done.
+def energy_of_pass_mj(
+    run: Run, counter: EnergyCounter, *, wait: Run = lambda: None, loop_s: float = LOOP_S, watch: Stopwatch | None = None
+) -> float:
+    """Millijoules of one `run`, over at least `loop_s` of them back to back; `wait` returns when all that was queued is done.
 
-    Raises DeviceError where the counter stands still.
+    Raises DeviceError where the counter stands still or fails.
     """
     watch = watch or Stopwatch()
     run()
+    wait()
     began = watch.now_s()
     run()
+    wait()
     chunk = max(1, round(_CHUNK_S / max(watch.now_s() - began, 1e-9)))
 
     def work() -> None:
         for _ in range(chunk):
             run()
+        wait()
 
     energy_mj, _, chunks = _between_updates(work, counter, loop_s, watch)
     return energy_mj / (chunks * chunk)
@@ -169,9 +177,9 @@ def _open_nvml(nvml: Any, uuid: str | None) -> NvmlCounter:
     try:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByIndex(0) if uuid is None else nvml.nvmlDeviceGetHandleByUUID(uuid)
-        return NvmlCounter(nvml, handle)
     except nvml.NVMLError as error:
-        raise DeviceError(f"NVML counts no energy of this GPU: {error}") from error
+        raise DeviceError(f"NVML counts no energy: {error}") from error
+    return NvmlCounter(nvml, handle)
 
 
 def _is_package(domain: Path) -> bool:

@@ -135,6 +135,7 @@ def count_energy(
 
     A network that cannot run or a counter that stands still gives a Timing without energy: its latency is worth having without it.
     """
+    wait = partial(torch.cuda.synchronize, bench.torch_device) if bench.torch_device.type == "cuda" else lambda: None
     for item in (item for step in request.steps for item in step):
         timing = Timing(item=item, process=request.process, hot_ms=())
         try:
@@ -143,9 +144,10 @@ def count_energy(
             with bench.turn():
                 program = _prepare(expected, request.target, bench).program
                 idle_power_w = power_at_rest_w(counter, watch=watch)
-                energy_mj = energy_of_pass_mj(_completed(program.run, bench.torch_device), counter, watch=watch)
-        except (DeviceError, ParityError) as error:
-            log.warning("no energy of %s: %s", item, error.message)
+                bench.timer.settle(program.run)
+                energy_mj = energy_of_pass_mj(program.run, counter, wait=wait, watch=watch)
+        except (DeviceError, ParityError, OSError) as error:
+            log.warning("no energy of %s: %s", item, error)
             yield timing
             continue
         yield dataclasses.replace(timing, energy_mj=float(f"{energy_mj:.6g}"), idle_power_w=float(f"{idle_power_w:.4g}"))
@@ -154,18 +156,6 @@ def count_energy(
 def _counter(device: torch.device) -> EnergyCounter:
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
     return open_counter(device.type, uuid=uuid)
-
-
-def _completed(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`run`, returning when its work is done and not only queued."""
-    if device.type != "cuda":
-        return run
-
-    def completed() -> None:
-        run()
-        torch.cuda.synchronize(device)
-
-    return completed
 
 
 @dataclass(frozen=True, slots=True)
