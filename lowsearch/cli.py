@@ -91,22 +91,26 @@ def _options(
 @app.command()
 def devices(as_json: JsonFlag = False) -> None:
     """What this machine can measure, and which latency tables exist."""
-    from lowsearch.latency.table import known_tables
+    from lowsearch.latency.table import SHIPPED, known_tables, shipped_tables
     from lowsearch.latency.target import attached_devices
 
     attached = [{"device": d.slug, "kind": d.kind, "name": d.name, "detail": d.detail, "driver": d.driver} for d in attached_devices()]
     tables = [
-        {"device": t.device, "runtime": t.runtime, "precision": t.precision, "batch": t.batch, "threads": t.threads, "file": str(path)}
-        for t, path in known_tables().items()
-    ]
+        {
+            "device": t.device, "runtime": t.runtime, "precision": t.precision, "batch": t.batch, "threads": t.threads, "origin": origin,
+            "file": str(path),
+        }
+        for origin, found in (("", known_tables()), (SHIPPED, shipped_tables()))
+        for t, path in found.items()
+    ]  # fmt: skip
     if as_json:
         _print_json({"devices": attached, "tables": tables})
         return
     _print_rows("Attached", attached)
     if tables:
         _print_rows("Latency tables", tables)
-    else:
-        _tell("no latency table yet; measure one: lowsearch profile --device cpu --runtime onnxruntime")
+    if not known_tables():
+        _tell("no latency table was measured here yet; measure one: lowsearch profile --device cpu --runtime onnxruntime")
 
 
 @app.command()

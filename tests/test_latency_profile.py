@@ -368,6 +368,54 @@ def test_a_search_for_an_absent_device_uses_its_table_as_it_is(tmp_path: Path, m
         usable_table(SPACE, Target("rtx3090", "eager"), devices=[here])
 
 
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone whose shipped table has the name, the machine and the versions of this one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOWSEARCH_HOME", str(tmp_path / "home"))
+    quick(tmp_path / "elsewhere")
+    place = tmp_path / "latency_tables" / "shipped" / TARGET.table_path
+    place.parent.mkdir(parents=True)
+    return (tmp_path / "elsewhere" / TARGET.table_path).rename(place)
+
+
+def test_a_shipped_table_never_stands_in_for_measuring_the_device_we_stand_on(shipped: Path) -> None:
+    before = shipped.read_bytes()
+    assert usable_table(SPACE, TARGET, devices=[CPU]) is None
+    with pytest.raises(TableError, match="no latency table"):
+        find_table(TARGET)
+    measured: set[Item] = set()
+
+    def counting(request: Request) -> Iterator[Timing]:
+        for timing in launch(request):
+            measured.add(timing.item)
+            yield timing
+
+    profile(SPACE, TARGET, n_calibration=N_NETWORKS, devices=[CPU], launch=counting)
+    assert measured >= {*SPACE.blocks, *map(MemoryRead, READ_BYTES)}, "nothing was taken from the shipped table"
+    mine = usable_table(SPACE, TARGET, devices=[CPU])
+    assert mine is not None and mine.context.origin == "" and mine.entries.keys() == set(SPACE.blocks)
+    assert shipped.read_bytes() == before and not list(shipped.parent.glob(".*"))
+    table = usable_table(SPACE, TARGET, devices=[CPU], allow_stale=True)
+    assert table is not None and table.context.origin == "", "its own table comes first"
+
+
+def test_a_shipped_table_is_used_on_the_device_of_its_name_only_where_that_was_allowed(shipped: Path) -> None:
+    table = usable_table(SPACE, TARGET, devices=[CPU], allow_stale=True)
+    assert table is not None and staleness(table, devices=[CPU]) == ["it came with lowsearch: another machine measured it"]
+    copied = LatencyTable.load(table.save(shipped.parents[3] / "study"))
+    assert staleness(copied, devices=[CPU]) == staleness(table, devices=[CPU]), "a copy of it does not forget"
+
+
+def test_a_device_that_is_not_attached_may_be_searched_for_with_its_shipped_table(shipped: Path) -> None:
+    here = Device(slug="my-laptop", kind="cpu", name="My laptop")
+    found = usable_table(SPACE, TARGET, devices=[here])
+    assert found is not None and found.context.origin == "shipped" and staleness(found, devices=[here]) == []
+    quick(shipped.parents[2])
+    found = usable_table(SPACE, TARGET, devices=[here])
+    assert found is not None and found.context.origin == "", "a table that was copied here comes first"
+
+
 # Whole profiles ----------------------------------------------------------------------------------------------------------
 
 QUICK = Effort(rounds=2, warmups=1, sample_ms=0.05, round_ms=0.2, turns_ms=5.0, min_turns=2, max_turns=5, cold_samples=1)

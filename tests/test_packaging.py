@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -103,3 +105,29 @@ def test_installed_wheel_loads_its_embedded_data(installed: Path, tmp_path: Path
 
 def test_installed_command_line_answers(installed: Path, tmp_path: Path):
     assert "profile" in run_installed(installed, tmp_path, "-m", "lowsearch", "--help")
+
+
+def test_a_clone_ships_its_shipped_tables_and_not_those_that_were_measured_in_it(tmp_path: Path):
+    """Both in the wheel and in the source archive."""
+    clone = tmp_path / "clone"
+    for name in ("lowsearch", "search_spaces"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, clone / name)
+    shutil.copytree(ROOT / "latency_tables", clone / "latency_tables", ignore=lambda *_: ["shipped"])
+    own, shipped = (clone / "latency_tables" / device / "eager-fp32-b1-t1.jsonl" for device in ("my-cpu", "shipped/their-cpu"))
+    for path in (own, own.with_suffix(".partial.jsonl"), shipped):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}\n")
+    for kind in ("wheel", "sdist"):
+        command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(tmp_path / kind), str(clone)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        (built,) = (tmp_path / kind).iterdir()
+        if kind == "wheel":
+            with zipfile.ZipFile(built) as archive:
+                names = [name.removeprefix("lowsearch/shipped/") for name in archive.namelist()]
+        else:
+            with tarfile.open(built) as archive:
+                names = [name.partition("/")[2] for name in archive.getnames()]
+        tables = {name for name in names if name.startswith("latency_tables/")}
+        assert tables == {"latency_tables/README.md", "latency_tables/shipped/their-cpu/eager-fp32-b1-t1.jsonl"}

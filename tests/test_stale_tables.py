@@ -16,7 +16,8 @@ from lowsearch.latency.measure import Request
 from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.profile import profile
 from lowsearch.latency.runtimes import runtime
-from lowsearch.latency.target import attached_devices, resolve_target
+from lowsearch.latency.table import LatencyTable
+from lowsearch.latency.target import Target, attached_devices, resolve_target
 from lowsearch.latency.timing import Timing
 from lowsearch.report.sections import body
 from lowsearch.report.study_files import read_study
@@ -82,6 +83,35 @@ def test_a_study_may_be_allowed_a_stale_table_when_it_is_resumed(study: Path, mo
     prepare(study, allowed, None)
     _opened(study, allowed, build_parts(study, allowed))
     assert "The latency table was stale" in body(read_study(study))
+
+
+def test_a_search_measures_a_machine_whose_name_has_a_shipped_table(
+    study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where machine and versions are the same by all they tell."""
+    monkeypatch.undo()
+    monkeypatch.chdir(study.parents[1])
+    monkeypatch.setenv("LOWSEARCH_HOME", str(study / "home"))
+    shipped = study.parents[1] / "latency_tables" / "shipped" / CPU
+    shipped.parent.mkdir()
+    (study.parents[1] / "latency_tables" / CPU).rename(shipped)
+    profiled: list[SearchSpace] = []
+
+    def measured(space: SearchSpace, target: Target, **_: object) -> LatencyTable:
+        profiled.append(space)
+        return profile(space, target, max_blocks=150, launch=launch)
+
+    monkeypatch.setattr("lowsearch.search.assembly.profile", measured)
+    allowed = StudySettings(**SETTINGS, allow_stale=True)
+    prepare(study, allowed, None)
+    assert not profiled and "it came with lowsearch" in caplog.text
+    _opened(study, allowed, build_parts(study, allowed))
+    assert "it came with lowsearch" in body(read_study(study))
+    with pytest.raises(TableError, match="it came with lowsearch"):  # Resumed without the permission.
+        prepare(study, StudySettings(**SETTINGS), None)
+    (study / "latency_table.jsonl").unlink()
+    prepare(study, StudySettings(**SETTINGS), None)
+    assert len(profiled) == 1 and LatencyTable.load(study / "latency_table.jsonl").context.origin == ""
 
 
 def test_a_study_from_before_there_was_a_choice_is_read() -> None:

@@ -109,6 +109,28 @@ def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert error.count("\n") == 1 and "torn.jsonl" in error and "hint:" in error
 
 
+def test_shipped_tables_are_listed_and_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = attached_devices()[0]
+    target = Target(cpu.slug, "onnxruntime")
+    mine = dataclasses.replace(made(BLOCKS[:4]), target=target, context=current_context(target, cpu))
+    mine.save(folder / "latency_tables" / "shipped")
+    name = str(target.table_path.with_suffix(""))
+    assert cli.invoke(["table", "check", name]) == 1
+    assert "it came with lowsearch" in capsys.readouterr().out
+    dataclasses.replace(mine, entries={b: mine.entries[b] for b in BLOCKS[:2]}).save(folder / "latency_tables")
+    shown = {}
+    for one in (name, f"shipped/{name}"):
+        assert cli.invoke(["table", "show", one, "--json"]) == 0
+        shown[one] = json.loads(capsys.readouterr().out)
+    assert [(row["origin"], row["blocks"]) for row in shown.values()] == [("", 2), ("shipped", 4)]
+    assert cli.invoke(["table", "check", name]) == 0
+    assert cli.invoke(["table", "merge", name, f"shipped/{name}", "--out", "merged"]) == 2
+    capsys.readouterr()
+    assert cli.invoke(["devices", "--json"]) == 0
+    listed = [row for row in json.loads(capsys.readouterr().out)["tables"] if row["device"] == cpu.slug and str(folder) in row["file"]]
+    assert [row["origin"] for row in listed] == ["", "shipped"]
+
+
 def test_a_table_that_may_not_be_used_here_is_exit_code_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cpu = attached_devices()[0]
     target = Target(cpu.slug, "onnxruntime")

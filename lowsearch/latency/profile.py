@@ -23,7 +23,7 @@ from lowsearch.latency.measure import Effort, Launcher, Progress, measure_energy
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.pace import step_paces
 from lowsearch.latency.session import Found, Partial, Session, locked
-from lowsearch.latency.table import LatencyTable, block_latency, changes, check_fits, find_table, memory_latency
+from lowsearch.latency.table import LatencyTable, block_latency, changes, check_fits, find_table, memory_latency, table_file
 from lowsearch.latency.target import (
     Context,
     Device,
@@ -103,20 +103,21 @@ def usable_table(
     """The table that a search in `space` may use, or None where this machine has yet to measure it (`profile`).
 
     For an attached device the table must come from this machine and these versions, unless `allow_stale`; for one that is not attached
-    it is used as it is. Raises TableError where a table does not fit or is damaged, or where only another machine could measure it.
+    it is used as it is. A table that came with lowsearch is the last one looked for, and on an attached device only with `allow_stale`.
+    Raises TableError where a table does not fit or is damaged, or where only another machine could measure it.
     """
     device = next((d for d in (attached_devices() if devices is None else devices) if d.slug == target.device), None)
     if device is None:
-        table = find_table(target)
+        table = find_table(target, shipped=True)
         if not table.calibration.get(space.name):
             raise TableError(
                 f"the table of {target} holds no networks of space {space.name!r}",
                 hint=f"on a machine that has the device run `{target.profile_command} --space {space.name}`, and copy the table here",
             )
         return table
-    if not any((folder / target.table_path).is_file() for folder in locations.folders("latency_tables")):
+    if table_file(target, shipped=allow_stale) is None:
         return None
-    table = find_table(target)
+    table = find_table(target, shipped=allow_stale)
     if not allow_stale:
         check_fits(table, target, current_context(target, device))
     return table if table.calibration.get(space.name) else None
@@ -137,7 +138,7 @@ def table_of(target: Target, measured_on: Context, space: SearchSpace, found: Fo
 def table_to_extend(target: Target, here: Context, folder: Path) -> LatencyTable:
     """The existing table of this machine and these versions, or an empty one."""
     folders = list(dict.fromkeys([folder, *locations.folders("latency_tables")]))
-    if any((candidate / target.table_path).is_file() for candidate in folders):
+    if table_file(target, folders=folders) is not None:
         try:
             table = find_table(target, folders=folders)
             check_fits(table, target, here)

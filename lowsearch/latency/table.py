@@ -4,6 +4,8 @@ One text file a target, `latency_tables/<device>/<runtime>-<precision>-b<batch>-
 memory that was read, for every block and for every calibration network, in an order that does not change (docs/formats.md). Written by
 `profile`, read by the predictor.
 A table says on what it was measured; `check_fits` refuses it for the machine we stand on when that differs.
+Tables that came with lowsearch lie under `latency_tables/shipped/`. Another machine measured them: they are for devices that are not
+attached, and `check_fits` refuses them here whatever names and versions say.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from lowsearch.latency.timing import STATES, NetworkLatency, Timing, latency_ms
 
 SCHEMA = "lowsearch-latency-table"
 VERSION = 2
+
+SHIPPED = "shipped"
+"""Folder of the tables that came with lowsearch, in a folder of latency tables."""
 
 Source = Literal["measured", "predicted"]
 
@@ -85,7 +90,7 @@ class LatencyTable:
         return {
             **dataclasses.asdict(self.target), "device_name": self.context.device_name, "statistic": self.context.statistic,
             "blocks": len(self.entries), "networks": {space: len(rows) for space, rows in self.calibration.items()},
-            "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc,
+            "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc, "origin": self.context.origin,
         }  # fmt: skip
 
     def save(self, folder: Path) -> Path:
@@ -117,16 +122,17 @@ class LatencyTable:
         return _Reader(path).read()
 
 
-def find_table(target: Target, *, folders: Sequence[Path] | None = None) -> LatencyTable:
-    """The table of `target`: from the current directory, the user's data directory, or shipped with lowsearch.
+def find_table(target: Target, *, folders: Sequence[Path] | None = None, shipped: bool = False) -> LatencyTable:
+    """The table of `target`: from the current directory or the user's data directory; with `shipped`, else one that came with lowsearch.
 
     Raises TableError where there is none: which tables exist, and the command that measures this one.
     """
     folders = locations.folders("latency_tables") if folders is None else folders
-    path = next((folder / target.table_path for folder in folders if (folder / target.table_path).is_file()), None)
+    path = table_file(target, folders=folders, shipped=shipped)
     if path is not None:
         return LatencyTable.load(path)
-    known = ", ".join(str(other) for other in known_tables(folders=folders)) or "none"
+    existing = dict.fromkeys([*known_tables(folders=folders), *(shipped_tables(folders=folders) if shipped else ())])
+    known = ", ".join(map(str, existing)) or "none"
     attached = {device.slug for device in attached_devices()}
     where = "" if target.device in attached else f" on a machine that has it, and copy latency_tables/{target.table_path} here"
     raise TableError(
@@ -135,8 +141,15 @@ def find_table(target: Target, *, folders: Sequence[Path] | None = None) -> Late
     )
 
 
+def table_file(target: Target, *, folders: Sequence[Path] | None = None, shipped: bool = False) -> Path | None:
+    """Where `find_table` finds the table of `target`, or None."""
+    folders = locations.folders("latency_tables") if folders is None else folders
+    places = [*folders, *(folder / SHIPPED for folder in folders if shipped)]
+    return next((place / target.table_path for place in places if (place / target.table_path).is_file()), None)
+
+
 def known_tables(*, folders: Sequence[Path] | None = None) -> dict[Target, Path]:
-    """Every table that can be found, by target; where a target has several, the one that is used."""
+    """Every table that was measured or copied here, by target; where a target has several, the one that is used."""
     found: dict[Target, Path] = {}
     for folder in locations.folders("latency_tables") if folders is None else folders:
         for path in sorted(folder.glob("*/*.jsonl")):
@@ -144,6 +157,11 @@ def known_tables(*, folders: Sequence[Path] | None = None) -> dict[Target, Path]
             if target is not None:
                 found.setdefault(target, path)
     return found
+
+
+def shipped_tables(*, folders: Sequence[Path] | None = None) -> dict[Target, Path]:
+    """Every table that came with lowsearch, by target."""
+    return known_tables(folders=[folder / SHIPPED for folder in (locations.folders("latency_tables") if folders is None else folders)])
 
 
 def check_fits(table: LatencyTable, target: Target, here: Context) -> None:
@@ -162,7 +180,9 @@ def changes(then: Context, now: Context) -> list[str]:
     """What differs between two contexts that should agree before times are compared: device, driver, versions; in words."""
     before, after = then.fingerprint, now.fingerprint
     return [
-        f"{name}: {before.get(name, 'none')} then, {after.get(name, 'none')} now"
+        "it came with lowsearch: another machine measured it"
+        if name == "origin"
+        else f"{name}: {before.get(name, 'none')} then, {after.get(name, 'none')} now"
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
@@ -196,7 +216,7 @@ _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
 _NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
 _ENERGY_FIELDS = ("energy_mj", "idle_power_w")
 """Of a network, where the machine has a counter; left out where not."""
-_LATER_CONTEXT_FIELDS = {"clocks": "", "power_limit": ""}
+_LATER_CONTEXT_FIELDS = {"clocks": "", "power_limit": "", "origin": ""}
 _KIND_ORDER = {kind: i for i, kind in enumerate(BLOCK_TYPES)}
 _FILE_NAME = re.compile(r"(?P<runtime>[a-z0-9.-]+)-(?P<precision>[a-z0-9]+)-b(?P<batch>\d+)-t(?P<threads>\d+)\.jsonl")
 
@@ -307,7 +327,7 @@ class _Reader:
         for name in ("versions", "runtime_options"):
             if not isinstance(values[name], dict):
                 self._fail(f"context: {name} is no JSON object")
-        return Context(**values)
+        return Context(**values if self.path.parent.parent.name != SHIPPED else {**values, "origin": SHIPPED})
 
     def _block_latency(self, values: Mapping[str, Any]) -> BlockLatency:
         times = {f"{state}_ms": self._time(f"{state}_ms", values[f"{state}_ms"]) for state in STATES}

@@ -13,19 +13,23 @@ from lowsearch import locations
 from lowsearch.arch import BLOCK_TYPES
 from lowsearch.errors import LowsearchError, TableError
 from lowsearch.latency.profile import current_context
-from lowsearch.latency.table import LatencyTable, check_fits, known_tables
+from lowsearch.latency.table import SHIPPED, LatencyTable, check_fits, known_tables, shipped_tables
 from lowsearch.latency.target import require_attached
 from lowsearch.latency.timing import STATES
 
 
 def open_table(name: str) -> LatencyTable:
-    """The table in the file `name`, or the one called `DEVICE/RUNTIME-PRECISION-bBATCH-tTHREADS` in a folder of tables."""
+    """The table in the file `name`, or the one called `DEVICE/RUNTIME-PRECISION-bBATCH-tTHREADS` in a folder of tables; of two, that which
+    did not come with lowsearch, whose name begins with `shipped/`."""
     path = Path(name)
     if not path.is_file():
         wanted = name if name.endswith(".jsonl") else f"{name}.jsonl"
-        found = next((folder / wanted for folder in locations.folders("latency_tables") if (folder / wanted).is_file()), None)
+        folders = locations.folders("latency_tables")
+        places = [*folders, *(folder / SHIPPED for folder in folders)]
+        found = next((place / wanted for place in places if (place / wanted).is_file()), None)
         if found is None:
-            known = ", ".join(str(target.table_path.with_suffix("")) for target in known_tables()) or "none"
+            targets = dict.fromkeys([*known_tables(), *shipped_tables()])
+            known = ", ".join(str(target.table_path.with_suffix("")) for target in targets) or "none"
             raise TableError(f"no latency table {name!r}; known: {known}", hint="give its file, or `lowsearch profile` measures one")
         path = found
     return LatencyTable.load(path)

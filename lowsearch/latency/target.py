@@ -125,12 +125,15 @@ class Context:
     """Of a GPU: clocks of its processors and its memory as the driver told them then, and the highest that they may take."""
     power_limit: str = ""
     """Of a GPU: the power that its driver lets it draw."""
+    origin: str = ""
+    """`shipped` where it came with lowsearch: another machine measured it, whatever the names and versions say."""
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What decides whether two measurements may be compared: the device and the versions that execute."""
+        """What decides whether two measurements may be compared: the device, the versions that execute, and who measured it."""
         executing = {name: version for name, version in self.versions.items() if name != "lowsearch"}
-        return {"device_name": self.device_name, "device_detail": self.device_detail, "driver": self.driver, **executing}
+        shipped = {"origin": self.origin} if self.origin else {}
+        return {"device_name": self.device_name, "device_detail": self.device_detail, "driver": self.driver, **executing, **shipped}
 
 
 def attached_devices() -> list[Device]:
