@@ -246,6 +246,13 @@ def _print_profile(space: Any, table: Any, as_json: bool) -> None:
         _print_json(summary)
     else:
         _print_table(f"Latency table of {table.target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
+    _tell(_quality(table) + (f". {table.advice}" if table.advice else ""))
+
+
+def _quality(table: Any) -> str:
+    """How many rows of a table are worth what, in words."""
+    counts = table.verdicts
+    return f"{counts['valid']:,} of {sum(counts.values()):,} rows are valid, {counts['noisy']:,} noisy, {counts['invalid']:,} invalid"
 
 
 tables = typer.Typer(help="Latency tables as files: show, check, merge, diff.", rich_markup_mode=None)
@@ -274,15 +281,15 @@ def show_table(name: TableName, as_json: JsonFlag = False) -> None:
 
 @tables.command("check")
 def check_table(name: TableName, as_json: JsonFlag = False) -> int:
-    """Whether a table is whole, and may be used on this machine. Exit code 1 where it may not, 2 where it is damaged."""
-    from lowsearch.latency.table_tools import open_table, why_unusable
+    """Whether a table is whole, reliable, and may be used on this machine. Exit code 1 where it is not, 2 where it is damaged."""
+    from lowsearch.latency.table_tools import open_table, why_unreliable, why_unusable
 
     table = open_table(name)
-    reason = why_unusable(table)
+    reason = "; ".join(filter(None, (why_unreliable(table), why_unusable(table))))
     if as_json:
         _print_json({**table.summary(), "usable": not reason, "reason": reason})
     else:
-        typer.echo(f"{table.target}: {len(table.entries)} blocks, whole; {reason or 'may be used here'}")
+        typer.echo(f"{table.target}: {len(table.entries)} blocks, whole; {_quality(table)}; {reason or 'may be used here'}")
     return 1 if reason else 0
 
 

@@ -29,7 +29,7 @@ from lowsearch.latency.measure import (
     steps,
 )
 from lowsearch.latency.target import Device, Target
-from lowsearch.latency.timing import Timing, latency_ms, verdict
+from lowsearch.latency.timing import Timing, latency_ms, row_error, verdict
 
 CPU = Device(slug="fake-cpu", kind="cpu", name="Fake")
 GPU = Device(slug="rtx3090", kind="cuda", name="Fake")
@@ -267,6 +267,24 @@ def test_what_differs_between_processes_is_timed_in_more_of_them_and_nothing_els
     assert all(asked[arch] == [0, 1] for arch in archs if arch not in (loose, hopeless))
     assert len(rows[hopeless].samples_ms) == MAX_PROCESSES
     assert verdict(rows[hopeless].latency_std_ms / rows[hopeless].latency_ms)[0] == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("processes", "paces", "expected"),
+    [
+        ([], [], 0.0),
+        ([2.0], [], 0.0),
+        ([1.0, 1.1], [], 0.05),
+        ([1.0, 1.1], [1.0, 1.1], 0.0),
+        ([1.0, 9.0, 1.1], [], 0.05),
+        ([1.0, 1.1, 1.1], [1.0, 1.0, 0.5], 0.05),
+        ([1.0, 2.0, 3.0], [], 0.5),
+    ],
+)
+def test_the_error_of_a_row_is_that_of_the_processes_that_its_latency_hears(
+    processes: list[float], paces: list[float], expected: float
+) -> None:
+    assert row_error([(ms,) * 3 for ms in processes], paces) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(

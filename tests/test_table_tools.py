@@ -14,9 +14,9 @@ from lowsearch.errors import TableError
 from lowsearch.latency.memory import MemoryLatency
 from lowsearch.latency.profile import current_context
 from lowsearch.latency.table import BlockLatency, LatencyTable
-from lowsearch.latency.table_tools import difference, merge, open_table, why_unusable
+from lowsearch.latency.table_tools import difference, merge, open_table, why_unreliable, why_unusable
 from lowsearch.latency.target import Device, Target, attached_devices, context
-from lowsearch.latency.timing import NetworkLatency
+from lowsearch.latency.timing import NetworkLatency, latency_ms
 from lowsearch.presets import PRESETS
 
 TARGET = Target("rtx3090", "eager")
@@ -107,6 +107,44 @@ def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.invoke(["table", "check", "torn.jsonl"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "torn.jsonl" in error and "hint:" in error
+
+
+def with_samples(table: LatencyTable, processes: list[float], n: int, *, state: str = "warm", wall_over_cpu: float = 1.0) -> LatencyTable:
+    """`table` with the first `n` blocks' `state` measured so much slower than the fastest process, by process."""
+    fast = min(processes)
+    rows = {}
+    for block in list(table.entries)[:n]:
+        ms = getattr(table.entries[block], f"{state}_ms")
+        samples = tuple((ms * factor / fast,) * 3 for factor in processes)
+        times = {f"{state}_ms": latency_ms(samples), f"{state}_samples_ms": samples, f"{state}_paces": (1.0,) * len(processes)}
+        rows[block] = dataclasses.replace(table.entries[block], **times, wall_over_cpu=wall_over_cpu)
+    return dataclasses.replace(table, entries={**table.entries, **rows})
+
+
+def test_every_row_has_a_verdict_by_its_samples() -> None:
+    assert made(BLOCKS).verdicts == {"valid": 7, "noisy": 0, "invalid": 0} and made(BLOCKS).advice == ""
+    assert with_samples(made(BLOCKS), [1.0, 1.08], 2).verdicts == {"valid": 5, "noisy": 2, "invalid": 0}
+    assert with_samples(made(BLOCKS), [1.0, 1.5], 2, state="hot").verdicts == {"valid": 5, "noisy": 0, "invalid": 2}
+    assert with_samples(made(BLOCKS), [1.0, 1.5], 2, state="cold").verdicts["valid"] == 7, "cold calls are few, and count little"
+    assert "end it" in with_samples(made(BLOCKS), [1.0, 1.5], 2, wall_over_cpu=2.0).advice
+    (network,) = made([]).calibration["lowformer"]
+    loose = dataclasses.replace(network, samples_ms=((1.0,), (1.1,), (1.2,), (1.3,)), paces=())
+    assert dataclasses.replace(made([]), calibration={"lowformer": (loose,)}).verdicts == {"valid": 0, "noisy": 1, "invalid": 0}
+
+
+def test_a_table_with_many_invalid_rows_is_exit_code_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks: list[Block] = [Mlp(channels=8 * n, resolution_px=4, ratio=2) for n in range(1, 41)]
+    few, many = (with_samples(made(blocks), [1.0, 1.5], n) for n in (2, 3))  # of 41 rows
+    assert why_unreliable(few) == "" and why_unreliable(many).startswith("7% of its rows are invalid, more than 5%: ")
+    few.save(folder / "few")
+    many.save(folder / "many")
+    assert cli.invoke(["table", "check", "few/rtx3090/eager-fp32-b1-t1.jsonl"]) == 0
+    assert "39 of 41 rows are valid, 0 noisy, 2 invalid; may be used here" in capsys.readouterr().out
+    assert cli.invoke(["table", "check", "many/rtx3090/eager-fp32-b1-t1.jsonl", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdicts"] == {"valid": 38, "noisy": 0, "invalid": 3} and not found["usable"] and "measure again" in found["reason"]
+    assert cli.invoke(["table", "show", "many/rtx3090/eager-fp32-b1-t1.jsonl"]) == 0
+    assert "'invalid': 3" in capsys.readouterr().out
 
 
 def test_shipped_tables_are_listed_and_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from lowsearch.files import write_atomically
 from lowsearch.latency.memory import MemoryLatency
 from lowsearch.latency.pace import StepKey, step_key
 from lowsearch.latency.target import Context, Target, attached_devices
-from lowsearch.latency.timing import STATES, NetworkLatency, Timing, latency_ms
+from lowsearch.latency.timing import STATES, NetworkLatency, Timing, Verdict, latency_ms, row_error, verdict
 
 SCHEMA = "lowsearch-latency-table"
 VERSION = 2
@@ -57,6 +58,12 @@ class BlockLatency:
     wall_over_cpu: float = 1.0
     source: Source = "measured"
 
+    @property
+    def verdict(self) -> tuple[Verdict, str]:
+        """What the row is worth, and what would make it better. Cold calls, of which there are few and which count little, do not judge."""
+        states = (self.hot_samples_ms, self.hot_paces), (self.warm_samples_ms, self.warm_paces)
+        return verdict(max(row_error(samples, paces) for samples, paces in states), self.wall_over_cpu)
+
 
 ANCHORS = 8
 
@@ -84,6 +91,21 @@ class LatencyTable:
         known = self.calibration.get(space, ())
         return known[:: max(1, len(known) // ANCHORS)][:ANCHORS]
 
+    @property
+    def verdicts(self) -> dict[Verdict, int]:
+        """How many blocks and calibration networks are valid, noisy and invalid."""
+        found = Counter(row.verdict[0] for row in self._rows)
+        return {name: found[name] for name in get_args(Verdict)}
+
+    @property
+    def advice(self) -> str:
+        """What would help most rows that are not valid; empty where all are."""
+        return next((advice for advice, _ in Counter(row.verdict[1] for row in self._rows if row.verdict[1]).most_common(1)), "")
+
+    @property
+    def _rows(self) -> list[BlockLatency | NetworkLatency]:
+        return [*self.entries.values(), *(row for rows in self.calibration.values() for row in rows)]
+
     def summary(self) -> dict[str, Any]:
         """What the table holds and on what it was measured, as one row of a report."""
         ratios = [row.wall_over_cpu for row in self.entries.values()]
@@ -91,6 +113,7 @@ class LatencyTable:
             **dataclasses.asdict(self.target), "device_name": self.context.device_name, "statistic": self.context.statistic,
             "blocks": len(self.entries), "networks": {space: len(rows) for space, rows in self.calibration.items()},
             "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc, "origin": self.context.origin,
+            "verdicts": self.verdicts,
         }  # fmt: skip
 
     def save(self, folder: Path) -> Path:

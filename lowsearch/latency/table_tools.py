@@ -17,6 +17,8 @@ from lowsearch.latency.table import SHIPPED, LatencyTable, check_fits, known_tab
 from lowsearch.latency.target import require_attached
 from lowsearch.latency.timing import STATES
 
+MAX_INVALID_SHARE = 0.05
+
 
 def open_table(name: str) -> LatencyTable:
     """The table in the file `name`, or the one called `DEVICE/RUNTIME-PRECISION-bBATCH-tTHREADS` in a folder of tables; of two, that which
@@ -46,6 +48,15 @@ def why_unusable(table: LatencyTable) -> str:
     except LowsearchError as error:
         return str(error)
     return ""
+
+
+def why_unreliable(table: LatencyTable) -> str:
+    """Why what `table` holds should be measured anew, or nothing: more than MAX_INVALID_SHARE of its rows are invalid."""
+    counts = table.verdicts
+    share = counts["invalid"] / max(1, sum(counts.values()))
+    if share <= MAX_INVALID_SHARE:
+        return ""
+    return f"{share:.0%} of its rows are invalid, more than {MAX_INVALID_SHARE:.0%}: {table.advice}"
 
 
 def merge(first: LatencyTable, second: LatencyTable) -> LatencyTable:

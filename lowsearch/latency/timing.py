@@ -123,6 +123,11 @@ class NetworkLatency:
         """Standard error of `latency_ms`, from the differences between processes; 0 where there was only one."""
         return standard_error_ms(self.samples_ms, self.paces)
 
+    @property
+    def verdict(self) -> tuple[Verdict, str]:
+        """What the latency is worth, and what would make it better."""
+        return verdict(row_error(self.samples_ms, self.paces), self.wall_over_cpu)
+
 
 def latency_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
     """The statistic over the rounds of all processes: their 25th percentile, which a few disturbed rounds do not move.
@@ -139,17 +144,31 @@ def standard_error_ms(samples_ms: Sequence[Sequence[float]], paces: Sequence[flo
     return float(np.std(processes, ddof=1) / np.sqrt(len(processes))) if len(processes) > 1 else 0.0
 
 
+def row_error(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()) -> float:
+    """Relative standard error of a row of a table; 0 where there was only one process, or none.
+
+    Of three processes or more the slowest is left out: `latency_ms`, a lower quartile, does not hear it either.
+    """
+    rows = sorted(zip(samples_ms, _all(paces, samples_ms), strict=True), key=lambda row: float(np.median(row[0])) / row[1])
+    kept = rows[:-1] if len(rows) > 2 else rows
+    if len(kept) < 2:
+        return 0.0
+    samples, at_paces = zip(*kept, strict=True)
+    return standard_error_ms(samples, at_paces) / latency_ms(samples, at_paces)
+
+
 Verdict = Literal["valid", "noisy", "invalid"]
 VALID, NOISY = 0.02, 0.08
 """Relative standard errors up to which a latency is valid, and noisy; beyond, it is invalid."""
-_BUSY = 1.3
+BUSY = 1.3
+"""Wall time over CPU time from which other work is taken to have had the processor."""
 
 
 def verdict(relative_std: float, wall_over_cpu: float = 1.0) -> tuple[Verdict, str]:
     """What a measured latency is worth, and what would make it better; nothing where it is valid."""
     if relative_std <= VALID:
         return "valid", ""
-    busy = wall_over_cpu > _BUSY
+    busy = wall_over_cpu > BUSY
     why = "other work took the processor: end it" if busy else "the machine changed its speed: fix its clock, or wait"
     return ("noisy" if relative_std <= NOISY else "invalid"), f"{why}, and measure again"
 
