@@ -246,7 +246,8 @@ def _print_profile(space: Any, table: Any, as_json: bool) -> None:
         _print_json(summary)
     else:
         _print_table(f"Latency table of {table.target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
-    _tell(_quality(table) + (f". {table.advice}" if table.advice else ""))
+    again = table.measured_again
+    _tell(f"{_quality(table)}; {again} {'was' if again == 1 else 'were'} measured again" + (f". {table.advice}" if table.advice else ""))
 
 
 def _quality(table: Any) -> str:

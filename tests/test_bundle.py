@@ -31,7 +31,8 @@ from lowsearch.latency import bundle as bundles
 from lowsearch.latency import bundle_runner, bundle_worker, worker
 from lowsearch.latency.bundle import CARRIED, Bundle, import_results, make_bundle
 from lowsearch.latency.bundle_runner import MANIFEST, RESULTS, regrouped
-from lowsearch.latency.measure import Effort, Request, disputed
+from lowsearch.latency.doubt import disputed
+from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import choose_blocks, choose_networks, current_context

@@ -16,12 +16,12 @@ from lowsearch import cost
 from lowsearch.arch import Arch, Block, Mlp, Stage, Stem
 from lowsearch.errors import DeviceError, ParityError
 from lowsearch.latency import measure
+from lowsearch.latency.doubt import disputed
 from lowsearch.latency.measure import (
     BYTES_PER_STEP,
     MAX_PROCESSES,
     Effort,
     Request,
-    disputed,
     launch_worker,
     measure_networks,
     network_latencies,

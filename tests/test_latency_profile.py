@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowsearch import cost, locations
+from lowsearch import cli, cost, locations
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DeviceError, ParityError, TableError
 from lowsearch.latency.measure import Effort, Request
@@ -258,6 +258,60 @@ def test_where_two_processes_disagree_a_third_decides(tmp_path: Path) -> None:
         for block, row in table.entries.items():
             assert len(row.warm_samples_ms) == (3 if block in loud else 2)
             assert row.warm_ms == pytest.approx(2 * block_ms(block), rel=0.02)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_what_a_third_process_does_not_settle_a_fourth_measures_and_no_more(tmp_path: Path) -> None:
+    """Wherever the profile was killed, it measures the same again, and leaves the same table."""
+    settled, hopeless = SPACE.blocks[3], SPACE.blocks[9]
+    factors = {settled: (1.0, 1.5, 1.0), hopeless: (1.0, 1.5, 2.2, 3.0)}
+
+    def differing(n: int, seen: list[Timing]) -> Callable[[Request], Iterator[Timing]]:
+        def launch(request: Request) -> Iterator[Timing]:
+            for timing in killed_after(n, seen)(request):
+                by_process = factors.get(timing.item, (1.0,) * 5)  # type: ignore[arg-type]
+                yield dataclasses.replace(timing, hot_ms=tuple(by_process[timing.process] * ms for ms in timing.hot_ms))
+
+        return launch
+
+    calm = quick(tmp_path / "calm", launch=differing(10**9, []))
+    total = N_TIMINGS + 3
+    for n in (N_TIMINGS - 4 * N_NETWORKS - 1, *range(N_TIMINGS - 4 * N_NETWORKS, total, 2)):
+        before: list[Timing] = []
+        after: list[Timing] = []
+        done: list[tuple[int, int]] = []
+        with pytest.raises(Killed):
+            quick(tmp_path / str(n), launch=differing(n, before))
+        table = quick(tmp_path / str(n), launch=differing(10**9, after), progress=lambda d, n, _, done=done: done.append((d, n)))
+        assert len(before) + len(after) == total == done[-1][0] == done[-1][1]
+        assert table.entries == calm.entries
+    assert {b: len(row.hot_samples_ms) for b, row in calm.entries.items() if len(row.hot_samples_ms) != 2} == {settled: 3, hopeless: 4}
+    assert calm.measured_again == 2
+    assert calm.entries[settled].verdict[0] == "valid" and calm.entries[hopeless].verdict[0] == "invalid"
+
+
+def test_a_profile_ends_with_what_its_rows_are_worth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def disputing(request: Request) -> Iterator[Timing]:
+        for timing in launch(request):
+            loud = timing.item == SPACE.blocks[2] and timing.process == 1
+            yield dataclasses.replace(timing, hot_ms=tuple((1.12 if loud else 1.0) * ms for ms in timing.hot_ms))
+
+    n_rows = len(SPACE.blocks) + N_NETWORKS
+    cli._print_profile(SPACE, quick(tmp_path, launch=disputing), False)
+    assert capsys.readouterr().err == f"{n_rows} of {n_rows} rows are valid, 0 noisy, 0 invalid; 1 was measured again\n"
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_on_a_machine_that_never_comes_to_rest_no_more_than_a_quarter_is_measured_again(tmp_path: Path) -> None:
+    seen: list[Timing] = []
+
+    def restless(request: Request) -> Iterator[Timing]:
+        for timing in killed_after(10**9, seen)(request):
+            slower = (1.0, 1.6, 2.6, 4.2, 6.7, 10.7)[timing.process]
+            yield dataclasses.replace(timing, hot_ms=tuple(slower * ms for ms in timing.hot_ms))
+
+    quick(tmp_path, launch=restless)
+    assert N_TIMINGS < len(seen) <= 1.25 * N_TIMINGS + 2
 
 
 @pytest.mark.usefixtures("one_by_one")

@@ -27,7 +27,8 @@ from lowsearch.arch import Arch, Block
 from lowsearch.errors import BundleError, DeviceError, LowsearchError, ParityError
 from lowsearch.latency import bundle_runner
 from lowsearch.latency.bundle_runner import MANIFEST, RESULTS, damaged_files, disputed, read_lines
-from lowsearch.latency.measure import BLOCKS_PER_STEP, BYTES_PER_STEP, DISPUTE, Effort, Progress, size_bytes, steps
+from lowsearch.latency.doubt import DISPUTE
+from lowsearch.latency.measure import BLOCKS_PER_STEP, BYTES_PER_STEP, Effort, Progress, size_bytes, steps
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.profile import NETWORK_EFFORT, choose_blocks, choose_networks, runtime_max_blocks, table_of, table_to_extend
 from lowsearch.latency.session import locked

@@ -91,7 +91,7 @@ def damaged_files(folder: Path, sha256: Mapping[str, str]) -> list[str]:
 def disputed(lines: Sequence[Mapping[str, Any]], by: float) -> bool:
     """Whether the processes disagree about an item by more than `by`; a further one then decides.
 
-    As `measure.disputed`, but without numpy, whose versions differ in the last digit: both ends of a bundle must agree.
+    As `doubt.disputed`, but without numpy, whose versions differ in the last digit: both ends of a bundle must agree.
     """
     for state in ("hot_ms", "warm_ms"):
         found = [_quartile(line[state]) for line in lines if line[state]]

@@ -49,7 +49,6 @@ Progress = Callable[[int, int, str], None]
 log = logging.getLogger(__name__)
 
 BLOCKS_PER_STEP = 24
-DISPUTE = 0.1
 TIGHT = 0.02
 """Relative standard error that whole networks are measured to, if that takes no more than MAX_PROCESSES."""
 MAX_PROCESSES = 5
@@ -274,15 +273,6 @@ def with_energy(latencies: Mapping[Arch, NetworkLatency], energies: Mapping[Netw
         else row
         for arch, row in latencies.items()
     }
-
-
-def disputed(timings: Sequence[Timing]) -> bool:
-    """Whether the processes disagree about an item by more than `DISPUTE`; a further one then decides."""
-    for state in ("hot_ms", "warm_ms"):
-        found = [latency_ms([getattr(timing, state)]) for timing in timings if getattr(timing, state)]
-        if found and max(found) > (1 + DISPUTE) * min(found):
-            return True
-    return False
 
 
 def network_latencies(timings: Mapping[Arch, Sequence[Timing]]) -> dict[Arch, NetworkLatency]:

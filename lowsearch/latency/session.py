@@ -19,7 +19,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lowsearch.errors import LowsearchError, TableError
-from lowsearch.latency.measure import Effort, Launcher, Progress, Request, disputed, run_requests, steps, warn_of_refused
+from lowsearch.latency.doubt import doubtful, invalid, most_again
+from lowsearch.latency.measure import Effort, Launcher, Progress, Request, run_requests, steps, warn_of_refused
 from lowsearch.latency.target import Context, Device, Target
 from lowsearch.latency.timing import Item, Timing
 
@@ -63,20 +64,27 @@ class Session:
         self._report()
 
     def measure(self, items: Sequence[Item], effort: Effort) -> Found:
-        """Every item timed in as many processes as `effort` says, and in one more where these disagree. What the runtime cannot execute
-        is left out, with a warning."""
+        """Every item timed in as many processes as `effort` says; what is doubtful then in one more, what is invalid even so in another.
+        What the runtime cannot execute is left out, with a warning."""
         self._run(items, range(effort.processes), effort)
         refused = {item: timing.refused for item in items for timing in self._found[item].values() if timing.refused}
         warn_of_refused(refused)
         items = [item for item in items if item not in refused]
-        unclear = [item for item in items if disputed(list(self._found[item].values()))]
-        self._total += sum(effort.processes not in self._found[item] for item in unclear)
-        self._run(unclear, [effort.processes], effort)
+        left = most_again(effort.processes * len(items))
+        for process, choose in ((effort.processes, doubtful), (effort.processes + 1, invalid)):
+            again = choose({item: self._timings_before(process, item) for item in items}, at_most=left)
+            left -= len(again)
+            self._total += sum(process not in self._found[item] for item in again)
+            self._run(again, [process], effort)
         return {item: self._found[item] for item in items}
 
     def expect_fewer(self, timings: int) -> None:
         """The whole measurement turns out to be smaller by so many timings."""
         self._total -= timings
+
+    def _timings_before(self, process: int, item: Item) -> list[Timing]:
+        """What the processes before `process` measured of `item`: the same also when `process` was killed on its way."""
+        return [timing for number, timing in sorted(self._found[item].items()) if number < process]
 
     def _run(self, items: Sequence[Item], processes: Iterable[int], effort: Effort) -> None:
         """Run what is missing, a request for every process; each goes through the items in groups of its own."""

@@ -103,6 +103,15 @@ class LatencyTable:
         return next((advice for advice, _ in Counter(row.verdict[1] for row in self._rows if row.verdict[1]).most_common(1)), "")
 
     @property
+    def measured_again(self) -> int:
+        """How many blocks and networks were timed in more processes than others of their sort, because they were doubtful."""
+        sorts = (
+            [row.hot_samples_ms for row in self.entries.values()],
+            *([row.samples_ms for row in rows] for rows in self.calibration.values()),
+        )
+        return sum(len(samples) > min(map(len, rows)) for rows in sorts for samples in rows)
+
+    @property
     def _rows(self) -> list[BlockLatency | NetworkLatency]:
         return [*self.entries.values(), *(row for rows in self.calibration.values() for row in rows)]
 
@@ -113,7 +122,7 @@ class LatencyTable:
             **dataclasses.asdict(self.target), "device_name": self.context.device_name, "statistic": self.context.statistic,
             "blocks": len(self.entries), "networks": {space: len(rows) for space, rows in self.calibration.items()},
             "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc, "origin": self.context.origin,
-            "verdicts": self.verdicts,
+            "verdicts": self.verdicts, "measured_again": self.measured_again,
         }  # fmt: skip
 
     def save(self, folder: Path) -> Path:

@@ -209,6 +209,15 @@ def gpu_state(device: Device) -> dict[str, str]:
     return {}
 
 
+def gpu_clock_mhz(slug: str) -> float | None:
+    """The clock of a CUDA device's processors at this moment; None where its driver does not tell."""
+    for line in query("nvidia-smi", "--query-gpu=name,clocks.sm", "--format=csv,noheader,nounits").splitlines():
+        name, _, mhz = line.rpartition(",")
+        if cuda_slug(name) == slug and mhz.strip().isdigit():
+            return float(mhz)
+    return None
+
+
 def cpu_slug(model_name: str, *, family: str = "", model: str = "", n_cpus: int = 1) -> str:
     """Slug of a processor. Names without a model number (virtual machines) get family, model and number of virtual CPUs."""
     text = re.sub(r"\(r\)|\(tm\)|\(c\)|™|®", " ", model_name.lower())

@@ -82,6 +82,8 @@ class Timing:
     """Largest difference from torch's output, as a share of the largest output."""
     step: str = ""
     """Label of the step of its process that it was interleaved in."""
+    clock_mhz: float | None = None
+    """Clock of a GPU's processors right after that step; None where nobody tells."""
     energy_mj: float | None = None
     """Of one pass, where the request asked for energy (energy.py) and not for times; None where the counter gave none."""
     idle_power_w: float | None = None

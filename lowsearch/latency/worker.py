@@ -32,7 +32,7 @@ from lowsearch.latency.measure import Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.rounds import Prepared, time_step
 from lowsearch.latency.runtimes import check_parity, check_supported, reference, runtime
-from lowsearch.latency.target import Device, Target, cuda_slug, require_attached
+from lowsearch.latency.target import Device, Target, cuda_slug, gpu_clock_mhz, require_attached
 from lowsearch.latency.timers import CpuTimer, CudaTimer, Timer, WallTimer, cpu_flush_bytes
 from lowsearch.latency.timing import Item, Layer, Network, Timing, TimmNetwork
 from lowsearch.model.blocks import LowtentionModule, build_block, conv2d, randomise
@@ -122,10 +122,11 @@ def measure_step(step: Sequence[Item], request: Request, bench: Bench, *, rng: n
                 prepared, bench.timer, request.effort, rng=rng,
                 again=lambda one, i: _prepare(_expect(one.item, request.target, seed=request.seed + i), request.target, bench),
             )  # fmt: skip
+        clock_mhz = gpu_clock_mhz(request.target.device) if isinstance(bench.timer, CudaTimer) else None
     yield from refused
     load = load_average()
     for one in prepared:
-        yield Timing(item=one.item, process=request.process, load_average=load, step=label, **one.times())
+        yield Timing(item=one.item, process=request.process, load_average=load, clock_mhz=clock_mhz, step=label, **one.times())
 
 
 def count_energy(
