@@ -165,6 +165,9 @@ def profile(
     max_blocks: Annotated[
         int | None, typer.Option("--max-blocks", min=1, help="Blocks to measure at most; the others are predicted. Default: the runtime's.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure fewer blocks and networks; the same command without it adds them.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Measure nothing here: write this folder, to be run on a machine called --device.")
@@ -190,14 +193,18 @@ def profile(
     elsewhere = bundle is not None or host is not None
     if elsewhere and device in ("cpu", "cuda", "gpu"):
         raise UsageError("name the machine that is measured: its table goes by that name", hint="--device raspberry-pi-5")
+    if elsewhere and quick:
+        raise UsageError("--quick measures this machine; a bundle has no quick form", hint="--max-blocks 400")
     target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
     if elsewhere:
         folder = bundle or Path("bundles") / f"{target.device}-{loaded.name}"
         _profile_elsewhere(loaded, target, folder, host, remote_python, max_blocks, seed, as_json)
         return
     with _progress() as progress:
-        result = measure(loaded, target, max_blocks=max_blocks, seed=seed, progress=progress)
+        result = measure(loaded, target, max_blocks=max_blocks, seed=seed, quick=quick, progress=progress)
     _print_profile(loaded, result, as_json)
+    if quick:
+        _tell(f"the same command without --quick adds more blocks and networks: {target.profile_command} --space {space}")
 
 
 def _profile_elsewhere(
@@ -246,7 +253,7 @@ def _print_profile(space: Any, table: Any, as_json: bool) -> None:
         _print_json(summary)
     else:
         _print_table(f"Latency table of {table.target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
-    again = table.measured_again
+    again = table.context.measured_again
     _tell(f"{_quality(table)}; {again} {'was' if again == 1 else 'were'} measured again" + (f". {table.advice}" if table.advice else ""))
 
 

@@ -19,7 +19,17 @@ from lowsearch.errors import DeviceError, ParityError, TableError
 from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.predictor import LatencyPredictor
-from lowsearch.latency.profile import NETWORK_EFFORT, choose_blocks, choose_networks, profile, staleness, usable_table
+from lowsearch.latency.profile import N_NETWORKS as N_FULL_NETWORKS
+from lowsearch.latency.profile import (
+    NETWORK_EFFORT,
+    QUICK_BLOCKS,
+    QUICK_NETWORKS,
+    choose_blocks,
+    choose_networks,
+    profile,
+    staleness,
+    usable_table,
+)
 from lowsearch.latency.runtimes import runtime
 from lowsearch.latency.table import LatencyTable, find_table
 from lowsearch.latency.target import Device, Target, attached_devices
@@ -192,6 +202,28 @@ def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     assert quick(tmp_path).entries == table.entries
 
 
+def test_a_quick_table_predicts_and_a_full_profile_extends_it(tmp_path: Path) -> None:
+    table = quick(tmp_path, space=MICRO, quick=True, n_calibration=None)
+    assert (len(table.entries), len(table.calibration[MICRO.name])) == (QUICK_BLOCKS, QUICK_NETWORKS)
+    genomes = MICRO.sample(50, rng=np.random.default_rng(1))
+    true_ms = np.array([sum(map(block_ms, MICRO.decode(genome).blocks())) for genome in genomes])
+    assert np.median(np.abs(LatencyPredictor(MICRO, table).predict(genomes)[0] / true_ms - 1)) < 0.05
+    measured: list[Item] = []
+
+    def counting(request: Request) -> Iterator[Timing]:
+        for timing in launch(request):
+            measured.append(timing.item)
+            yield timing
+
+    assert quick(tmp_path, space=MICRO, quick=True, n_calibration=None, launch=counting).entries == table.entries and not measured
+    full = quick(tmp_path, space=MICRO, n_calibration=None, launch=counting)
+    assert set(full.entries) == set(MICRO.blocks) and full.entries.items() >= table.entries.items()
+    assert len(full.calibration[MICRO.name]) == N_FULL_NETWORKS and full.context.measured_again == 0
+    assert not set(measured) & {*table.entries, *(row.arch for row in table.calibration[MICRO.name])}, "nothing was measured twice"
+    added = [row.latency_ms for row in full.calibration[MICRO.name][QUICK_NETWORKS:]]
+    assert min(added) < min(true_ms) and max(added) > np.median(true_ms), "the added networks reach over all sizes as well"
+
+
 # Killed and resumed ------------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +316,9 @@ def test_what_a_third_process_does_not_settle_a_fourth_measures_and_no_more(tmp_
             quick(tmp_path / str(n), launch=differing(n, before))
         table = quick(tmp_path / str(n), launch=differing(10**9, after), progress=lambda d, n, _, done=done: done.append((d, n)))
         assert len(before) + len(after) == total == done[-1][0] == done[-1][1]
-        assert table.entries == calm.entries
+        assert table.entries == calm.entries and table.context.measured_again == calm.context.measured_again
     assert {b: len(row.hot_samples_ms) for b, row in calm.entries.items() if len(row.hot_samples_ms) != 2} == {settled: 3, hopeless: 4}
-    assert calm.measured_again == 2
+    assert calm.context.measured_again == 2
     assert calm.entries[settled].verdict[0] == "valid" and calm.entries[hopeless].verdict[0] == "invalid"
 
 
@@ -312,6 +344,17 @@ def test_on_a_machine_that_never_comes_to_rest_no_more_than_a_quarter_is_measure
 
     quick(tmp_path, launch=restless)
     assert N_TIMINGS < len(seen) <= 1.25 * N_TIMINGS + 2
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_a_quick_profile_keeps_what_an_interrupted_full_one_had_finished(tmp_path: Path) -> None:
+    n_reads, n_blocks = 2 * len(READ_BYTES), len(MICRO.blocks)
+    with pytest.raises(Killed):
+        quick(tmp_path, space=MICRO, launch=killed_after(n_reads + n_blocks + 700, []))
+    seen: list[Timing] = []
+    table = quick(tmp_path, space=MICRO, quick=True, launch=killed_after(10**9, seen))
+    assert len(table.entries) > QUICK_BLOCKS and set(choose_blocks(MICRO, QUICK_BLOCKS, seed=0)) <= set(table.entries)
+    assert sum(isinstance(timing.item, Block) for timing in seen) == len(table.entries) - 700
 
 
 @pytest.mark.usefixtures("one_by_one")

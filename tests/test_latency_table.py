@@ -157,6 +157,7 @@ DAMAGES: dict[str, tuple[int, str, Damage]] = {
     "sample negative": (2, "hot_samples_ms is -2", edited(2, lambda v: v["hot_samples_ms"][0].append(-2))),
     "unknown field": (2, "unknown field 'note'", edited(2, lambda v: v.update(note="x"))),
     "field gone": (2, "missing field 'cold_ms'", edited(2, lambda v: v.pop("cold_ms"))),
+    "count text": (1, "measured_again is 'x'", edited(1, lambda v: v["context"].update(measured_again="x"))),
     "predicted row": (2, "source is 'predicted'", edited(2, lambda v: v.update(source="predicted"))),
     "unknown kind": (2, "unknown block kind 'magic'", edited(2, lambda v: v["block"].update(kind="magic"))),
     "block field gone": (2, "stride", edited(2, lambda v: v["block"].pop("stride"))),

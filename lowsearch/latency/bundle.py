@@ -162,7 +162,8 @@ def import_results(bundle: Bundle, *, tables: Path | None = None) -> LatencyTabl
     _check_complete(bundle, found)
     measured_on = _context(bundle, machine)
     timings = {bundle.items[index]: {p: timing for p, (timing, _) in by_process.items()} for index, by_process in found.items()}
-    table = table_of(bundle.target, measured_on, bundle.space, timings)
+    again = sum(bundle.effort(index).processes in by_process for index, by_process in found.items())
+    table = table_of(bundle.target, dataclasses.replace(measured_on, measured_again=again), bundle.space, timings)
     path = tables / bundle.target.table_path
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):

@@ -61,6 +61,8 @@ class Session:
         for timing in partial.timings:
             self._found[timing.item][timing.process] = timing
         self._done = len(partial.timings)
+        self.measured_again = 0
+        """Items that further processes timed, of all that `measure` was asked for."""
         self._report()
 
     def measure(self, items: Sequence[Item], effort: Effort) -> Found:
@@ -71,11 +73,14 @@ class Session:
         warn_of_refused(refused)
         items = [item for item in items if item not in refused]
         left = most_again(effort.processes * len(items))
+        repeated: set[Item] = set()
         for process, choose in ((effort.processes, doubtful), (effort.processes + 1, invalid)):
             again = choose({item: self._timings_before(process, item) for item in items}, at_most=left)
             left -= len(again)
             self._total += sum(process not in self._found[item] for item in again)
             self._run(again, [process], effort)
+            repeated.update(again)
+        self.measured_again += len(repeated)
         return {item: self._found[item] for item in items}
 
     def expect_fewer(self, timings: int) -> None:
@@ -131,6 +136,13 @@ class Partial:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def finished(self, effort: Effort) -> list[Item]:
+        """Items that were timed in as many processes as `effort` says before the measurement was interrupted."""
+        processes: dict[Item, set[int]] = {}
+        for timing in self.timings:
+            processes.setdefault(timing.item, set()).add(timing.process)
+        return [item for item, numbers in processes.items() if numbers.issuperset(range(effort.processes))]
 
     def append(self, timing: Timing) -> None:
         self._file.write(json.dumps(timing.to_dict()) + "\n")

@@ -103,15 +103,6 @@ class LatencyTable:
         return next((advice for advice, _ in Counter(row.verdict[1] for row in self._rows if row.verdict[1]).most_common(1)), "")
 
     @property
-    def measured_again(self) -> int:
-        """How many blocks and networks were timed in more processes than others of their sort, because they were doubtful."""
-        sorts = (
-            [row.hot_samples_ms for row in self.entries.values()],
-            *([row.samples_ms for row in rows] for rows in self.calibration.values()),
-        )
-        return sum(len(samples) > min(map(len, rows)) for rows in sorts for samples in rows)
-
-    @property
     def _rows(self) -> list[BlockLatency | NetworkLatency]:
         return [*self.entries.values(), *(row for rows in self.calibration.values() for row in rows)]
 
@@ -122,7 +113,7 @@ class LatencyTable:
             **dataclasses.asdict(self.target), "device_name": self.context.device_name, "statistic": self.context.statistic,
             "blocks": len(self.entries), "networks": {space: len(rows) for space, rows in self.calibration.items()},
             "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc, "origin": self.context.origin,
-            "verdicts": self.verdicts, "measured_again": self.measured_again,
+            "verdicts": self.verdicts, "measured_again": self.context.measured_again,
         }  # fmt: skip
 
     def save(self, folder: Path) -> Path:
@@ -248,7 +239,7 @@ _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
 _NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
 _ENERGY_FIELDS = ("energy_mj", "idle_power_w")
 """Of a network, where the machine has a counter; left out where not."""
-_LATER_CONTEXT_FIELDS = {"clocks": "", "power_limit": "", "origin": ""}
+_LATER_CONTEXT_FIELDS = {"clocks": "", "power_limit": "", "origin": "", "measured_again": 0}
 _KIND_ORDER = {kind: i for i, kind in enumerate(BLOCK_TYPES)}
 _FILE_NAME = re.compile(r"(?P<runtime>[a-z0-9.-]+)-(?P<precision>[a-z0-9]+)-b(?P<batch>\d+)-t(?P<threads>\d+)\.jsonl")
 
@@ -359,6 +350,8 @@ class _Reader:
         for name in ("versions", "runtime_options"):
             if not isinstance(values[name], dict):
                 self._fail(f"context: {name} is no JSON object")
+        if not isinstance(values.get("measured_again", 0), int):
+            self._fail(f"context: measured_again is {values['measured_again']!r}, expected a whole number")
         return Context(**values if self.path.parent.parent.name != SHIPPED else {**values, "origin": SHIPPED})
 
     def _block_latency(self, values: Mapping[str, Any]) -> BlockLatency:

@@ -127,6 +127,8 @@ class Context:
     """Of a GPU: the power that its driver lets it draw."""
     origin: str = ""
     """`shipped` where it came with lowsearch: another machine measured it, whatever the names and versions say."""
+    measured_again: int = 0
+    """How many of a table's items were timed in further processes because they were doubtful (doubt.py)."""
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -196,7 +198,7 @@ def context(
     )  # fmt: skip
 
 
-def gpu_state(device: Device) -> dict[str, str]:
+def gpu_state(device: Device) -> dict[str, Any]:
     """`clocks` and `power_limit` of a CUDA device at this moment, for its Context; empty for others, and where its driver does not tell."""
     if device.kind != "cuda":
         return {}

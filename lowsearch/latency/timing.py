@@ -5,6 +5,7 @@ Values only; measure.py fills them, pace.py and table.py read them.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -151,12 +152,14 @@ def row_error(samples_ms: Sequence[Sequence[float]], paces: Sequence[float] = ()
 
     Of three processes or more the slowest is left out: `latency_ms`, a lower quartile, does not hear it either.
     """
-    rows = sorted(zip(samples_ms, _all(paces, samples_ms), strict=True), key=lambda row: float(np.median(row[0])) / row[1])
+    rows = sorted(
+        (statistics.median(rounds) / pace, rounds, pace) for rounds, pace in zip(samples_ms, _all(paces, samples_ms), strict=True)
+    )
     kept = rows[:-1] if len(rows) > 2 else rows
     if len(kept) < 2:
         return 0.0
-    samples, at_paces = zip(*kept, strict=True)
-    return standard_error_ms(samples, at_paces) / latency_ms(samples, at_paces)
+    processes, samples, at_paces = zip(*kept, strict=True)
+    return statistics.stdev(processes) / len(kept) ** 0.5 / latency_ms(samples, at_paces)
 
 
 Verdict = Literal["valid", "noisy", "invalid"]
