@@ -527,7 +527,7 @@ def test_a_real_profile_of_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     profile(SPACE, target, folder=tmp_path, n_calibration=4, effort=QUICK, network_effort=once)
     table = find_table(target, folders=[tmp_path])
     assert set(table.entries) == set(SPACE.blocks) and table.context.device_name == cpu.name
-    assert all(len(row.hot_samples_ms) in (2, 3) and len(row.hot_samples_ms[0]) == 2 for row in table.entries.values())
+    assert all(len(row.hot_samples_ms) in (2, 3, 4) and len(row.hot_samples_ms[0]) == 2 for row in table.entries.values())
     assert all(len(row.samples_ms) == 1 and len(row.samples_ms[0]) == 2 for row in table.calibration["tiny"])
     mean_ms, std_ms = LatencyPredictor(SPACE, table).predict(SPACE.sample(5, rng=np.random.default_rng(0)))
     assert (mean_ms > 0).all() and (std_ms > 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,17 @@ def test_a_search_measures_a_machine_whose_name_has_a_shipped_table(
     (study / "latency_table.jsonl").unlink()
     prepare(study, StudySettings(**SETTINGS), None)
     assert len(profiled) == 1 and LatencyTable.load(study / "latency_table.jsonl").context.origin == ""
+
+
+def test_a_device_that_is_not_attached_is_searched_for_with_its_shipped_table(study: Path) -> None:
+    own = study.parents[1] / "latency_tables"
+    table = LatencyTable.load(own / resolve_target("cpu", "onnxruntime").table_path)
+    dataclasses.replace(table, target=Target("other-cpu", "onnxruntime")).save(own / "shipped")
+    settings = StudySettings(**{**SETTINGS, "device": "other-cpu"})
+    prepare(study, settings, None)
+    prepare(study, settings, None)  # Resumed.
+    parts = build_parts(study, settings)
+    assert parts.latency_source == "table" and parts.measure is None and "stale" not in parts.facts["latency_table"]
 
 
 def test_a_study_from_before_there_was_a_choice_is_read() -> None:
