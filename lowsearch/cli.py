@@ -254,7 +254,7 @@ def _print_profile(space: Any, table: Any, as_json: bool) -> None:
     else:
         _print_table(f"Latency table of {table.target}", ["what", "value"], [[k, _plain(v)] for k, v in summary.items()])
     again = table.context.measured_again
-    _tell(f"{_quality(table)}; {again} {'was' if again == 1 else 'were'} measured again" + (f". {table.advice}" if table.advice else ""))
+    _tell(f"{_quality(table)}; {again} {'was' if again == 1 else 'were'} measured again" + (f"; {table.advice}" if table.advice else ""))
 
 
 def _quality(table: Any) -> str:
