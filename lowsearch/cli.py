@@ -944,6 +944,9 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
             f"forecasts from the lowest rung rank {forecast['n_networks']} fully trained networks with Spearman {forecast['spearman']:.2f} "
             f"({forecast['low']:.2f} to {forecast['high']:.2f}); on networks held out for it: lowsearch trust"
         )
+    if (verified := summary["verified"])["networks"]:
+        over = f", the worst by {100 * verified['worst_excess']:.1f} %, and not trained" if verified["over"] else ""
+        _tell(f"{verified['networks']} candidates near the latency limit were measured before training: {verified['over']} over it{over}")
     limit = summary["limit"]
     if limit["broken"]:
         _tell(

@@ -8,10 +8,12 @@ Files in the study's folder make it misbehave: `crash-on` (arch_ids, one a line,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +26,13 @@ from filelock import FileLock
 from lowsearch import cost
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DataError
-from lowsearch.search import worker
+from lowsearch.search import study as studies
+from lowsearch.search import worker as workers
 from lowsearch.search.parts import FinalScore, Parts
 from lowsearch.search.settings import StudySettings
+from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
 from lowsearch.search.study import Backend, run
+from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
 
 SPACE = SearchSpace.load(os.environ.get("FAKE_SPACE", "lowformer-micro"))
@@ -170,6 +175,29 @@ def measure(archs, progress):
     return [FakeMeasured(1.03 * float(ms), 0.001) for ms in mean_ms]
 
 
+PACE = 1.25
+"""How much slower the machine is while it trains."""
+ANCHORS = [(SPACE.decode(genome), float(FakeLatency().predict(genome[None])[0][0])) for genome in _sample[:6]]
+
+
+def true_ms(arch):
+    """What the device takes for a network at the pace of the table: 12 % less to 12 % more than predicted."""
+    return float(FakeLatency().predict(SPACE.encode(arch)[None])[0][0]) * (1 + 0.12 * np.sin(int(arch.arch_id, 16)))
+
+
+def verifier(folder):
+    """Measures while the machine is slow, and notes whom."""
+
+    def verify(archs):
+        misbehave(folder, archs[0])
+        with (folder / "verified.log").open("a") as file:
+            file.write(f"{archs[0].arch_id}\n")
+        then = {arch.arch_id: ms for arch, ms in ANCHORS}
+        return [FakeMeasured(PACE * then.get(a.arch_id, true_ms(a)), 0.001) for a in archs]
+
+    return verify
+
+
 def train_final(arch, seed, path):
     time.sleep(STEP_S)
     truth = float(true_accuracy(SPACE.encode(arch)[None])[0])
@@ -206,6 +234,9 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         measure=measure if attached else None,
         batch=settings.batch,
         energy=FakeEnergy() if "energy" in settings.objective else None,
+        verify=verifier(folder) if settings.device == "doubtful" else None,
+        verifications=Verifications(folder / VERIFIED),
+        anchors=ANCHORS if settings.device == "doubtful" else (),
         facts={"device_name": "a fake device", "images": {"train": 8000, "val": 1000, "test": 2000}},
     )
 
@@ -219,9 +250,50 @@ def backend() -> Backend:
     )
 
 
+class Death(BaseException):
+    """The process dies here."""
+
+
+def search(folder, settings):
+    """The search of one worker inside this process; returns the study's candidates."""
+    folder.mkdir(exist_ok=True)
+    parts = make_parts(folder, settings)
+    plan = studies._opened(folder, settings, parts)
+    study = open_study(folder, settings.objectives)
+    reclaim(study)
+    enqueue(study, SPACE, dict(SPACE.family), origin="family")
+    worker = workers.SearchWorker(folder, plan, parts, name="worker-0.test", stopped=threading.Event(), clock=itertools.count().__next__)
+    worker.run()
+    return candidates(study, SPACE)
+
+
+def essence(found):
+    """What must be the same however often a study was interrupted: everything but the times."""
+    return [(c.number, c.genome.tolist(), c.origin, c.name, c.state, c.reason, c.rung, c.accuracy, c.accuracy_std) for c in found]
+
+
+class Interrupting:
+    """Raises Death at the `at`-th call of what it wraps, before or after the call."""
+
+    def __init__(self, wrapped, at, *, after=False):
+        self.wrapped, self.at, self.after, self.calls = wrapped, at, after, 0
+
+    def __get__(self, instance, owner):
+        return self if instance is None else lambda *args, **kwargs: self(instance, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at and not self.after:
+            raise Death
+        result = self.wrapped(*args, **kwargs)
+        if self.calls == self.at:
+            raise Death
+        return result
+
+
 def main(arguments):
     if arguments[0] == "worker":
-        return worker.main(arguments[1:], parts=make_parts)
+        return workers.main(arguments[1:], parts=make_parts)
     run(StudySettings(**json.loads(arguments[2])), Path(arguments[1]), backend=backend())
     return 0
 

@@ -267,6 +267,9 @@ def test_what_differs_between_processes_is_timed_in_more_of_them_and_nothing_els
     assert all(asked[arch] == [0, 1] for arch in archs if arch not in (loose, hopeless))
     assert len(rows[hopeless].samples_ms) == MAX_PROCESSES
     assert verdict(rows[hopeless].latency_std_ms / rows[hopeless].latency_ms)[0] == "invalid"
+    asked |= {arch: [] for arch in archs}
+    measure_networks(archs, TARGET, max_processes=2, devices=[CPU], launch=launch)
+    assert all(numbers == [0, 1] for numbers in asked.values()), "in no more than the caller has time for"
 
 
 @pytest.mark.parametrize(

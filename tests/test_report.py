@@ -599,6 +599,16 @@ def test_key_figures_state_numbers_with_their_errors(finished: StudyFiles):
     assert cards["Accuracy at equal latency"].beside == f"± {100 * gain.std:.1f} points"
     assert f"{n_gain} of {len(comparisons)} hand-made networks" in cards["Accuracy at equal latency"].explanation
     assert cards["Broke the latency limit"].value == str(tables.limits(finished).n_broken)
+    assert "before training" not in cards["Broke the latency limit"].explanation
+
+
+@pytest.mark.parametrize(
+    ("over", "says"), [(2, "5 near the limit were measured, 2 of them over it, the worst by 3.1 %"), (0, "0 of them over it")]
+)
+def test_the_page_says_how_candidates_near_the_limit_fared(finished: StudyFiles, over: int, says: str):
+    summary = {"verified": {"networks": 5, "over": over, "worst_excess": 0.031 if over else 0.0}}
+    explanation = sections.limit_card(replace(finished, summary={**finished.summary, **summary})).explanation
+    assert explanation.endswith(says)
 
 
 def test_a_study_without_a_limit_says_so(finished: StudyFiles):

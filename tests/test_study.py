@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,9 +28,9 @@ from lowsearch.search.outputs import StudyFiles
 from lowsearch.search.promotion import may_go_on, slice_edges
 from lowsearch.search.refinement import Lead
 from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
-from lowsearch.search.storage import candidates, enqueue, n_proposals, open_study, reclaim
+from lowsearch.search.storage import candidates, n_proposals, open_study
 from lowsearch.search.study import Clock, run
-from lowsearch.search.worker import Plan, SearchWorker
+from lowsearch.search.worker import Plan
 
 FAKES = Path(__file__).with_name("study_fakes.py")
 _spec = importlib.util.spec_from_file_location("study_fakes", FAKES)
@@ -40,7 +39,7 @@ fakes = importlib.util.module_from_spec(_spec)
 sys.modules["study_fakes"] = fakes
 _spec.loader.exec_module(fakes)
 
-SPACE = fakes.SPACE
+SPACE, Death, Interrupting, essence, search = fakes.SPACE, fakes.Death, fakes.Interrupting, fakes.essence, fakes.search
 FAMILY = [arch.arch_id for arch in SPACE.family.values()]
 SAMPLERS = ["lowsearch", "nsga2", "nsga3", "tpe", "gp", "random"]
 SHORT = {"trials": 3, "workers": 1}
@@ -55,28 +54,6 @@ def short_beginnings():
         patched.setattr("lowsearch.search.foreign.N_SAMPLED", 256)
         patched.setattr("lowsearch.search.foreign.N_GENERATIONS", 2)
         yield
-
-
-class Death(BaseException):
-    """The process dies here."""
-
-
-def search(folder, settings):
-    """The search of one worker inside this process; returns the study's candidates."""
-    folder.mkdir(exist_ok=True)
-    parts = fakes.make_parts(folder, settings)
-    plan = studies._opened(folder, settings, parts)
-    study = open_study(folder, settings.objectives)
-    reclaim(study)
-    enqueue(study, SPACE, dict(SPACE.family), origin="family")
-    worker = SearchWorker(folder, plan, parts, name="worker-0.test", stopped=threading.Event(), clock=itertools.count().__next__)
-    worker.run()
-    return candidates(study, SPACE)
-
-
-def essence(found):
-    """What must be the same however often a study was interrupted: everything but the times."""
-    return [(c.number, c.genome.tolist(), c.origin, c.name, c.state, c.reason, c.rung, c.accuracy, c.accuracy_std) for c in found]
 
 
 def rows(path):
@@ -249,25 +226,6 @@ def test_slices_hold_equal_shares_of_what_is_below_the_reference():
 
 
 # Interruptions
-
-
-class Interrupting:
-    """Raises Death at the `at`-th call of what it wraps, before or after the call."""
-
-    def __init__(self, wrapped, at, *, after=False):
-        self.wrapped, self.at, self.after, self.calls = wrapped, at, after, 0
-
-    def __get__(self, instance, owner):
-        return self if instance is None else lambda *args, **kwargs: self(instance, *args, **kwargs)
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == self.at and not self.after:
-            raise Death
-        result = self.wrapped(*args, **kwargs)
-        if self.calls == self.at:
-            raise Death
-        return result
 
 
 @pytest.fixture(scope="module")

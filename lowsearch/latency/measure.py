@@ -158,6 +158,8 @@ def measure_networks(
     *,
     processes: int = 2,
     rounds: int = 3,
+    max_processes: int = MAX_PROCESSES,
+    energy: bool = True,
     seed: int = 0,
     effort: Effort | None = None,
     progress: Progress | None = None,
@@ -166,15 +168,19 @@ def measure_networks(
 ) -> list[NetworkLatency]:
     """Latency of every network, in fresh processes and interleaved, in the order of `archs`; equal networks are measured once.
 
-    Where the device has an energy counter, with the energy of a pass. Raises DeviceError where the target's device is not attached,
-    ParityError where the runtime computes something else than torch.
+    Those that are not tight after `processes` are measured in more, up to `max_processes`. Where the device has an energy counter, with the
+    energy of a pass, unless `energy` is False. Raises DeviceError where the target's device is not attached, ParityError where the runtime
+    computes something else than torch.
     """
     device = require_attached(target, devices=devices)
     effort = effort or Effort(processes=processes, rounds=rounds, round_ms=40.0, max_samples=60)
     unique = list(dict.fromkeys(archs))
-    timings = time_until_tight(unique, target, effort, device, seed=seed, launch=launch, progress=progress)
+    timings = time_until_tight(
+        unique, target, effort, device, max_processes=max_processes, seed=seed, launch=launch, progress=progress
+    )  # fmt: skip
     by_arch = network_latencies({arch: timings[arch] for arch in unique})
-    by_arch = with_energy(by_arch, measure_energy(unique, target, device, seed=seed, launch=launch, progress=progress))
+    if energy:
+        by_arch = with_energy(by_arch, measure_energy(unique, target, device, seed=seed, launch=launch, progress=progress))
     return [by_arch[arch] for arch in archs]
 
 
@@ -184,12 +190,13 @@ def time_until_tight(
     effort: Effort,
     device: Device,
     *,
+    max_processes: int = MAX_PROCESSES,
     seed: int = 0,
     launch: Launcher | None = None,
     progress: Progress | None = None,
     label: str = "networks",
 ) -> dict[Item, list[Timing]]:
-    """Time `items` in the processes of `effort`; then those whose standard error is above TIGHT in further ones, up to MAX_PROCESSES.
+    """Time `items` in the processes of `effort`; then those whose standard error is above TIGHT in further ones, up to `max_processes`.
 
     What the runtime cannot execute is left out, with a warning.
     """
@@ -219,7 +226,7 @@ def time_until_tight(
     run(items, range(effort.processes))
     warn_of_refused(refused)
     timings = {item: found for item, found in timings.items() if item not in refused}
-    for process in range(effort.processes, MAX_PROCESSES if effort.processes > 1 else 0):
+    for process in range(effort.processes, max_processes if effort.processes > 1 else 0):
         loose = [
             item for item, (samples, at) in hot_samples(timings).items() if standard_error_ms(samples, at) > TIGHT * latency_ms(samples, at)
         ]

@@ -251,6 +251,15 @@ def _error(estimate: Estimate) -> str:
     return plus_minus(100 * estimate.std, 1).strip()
 
 
+def _verified(study: StudyFiles) -> str:
+    """How candidates near the limit fared that the search measured before training them; empty where it measured none."""
+    found = study.summary.get("verified") or {"networks": 0}
+    if not found["networks"]:
+        return ""
+    worst = f", the worst by {percent(found['worst_excess'])}" if found["over"] else ""
+    return f"; before training, {found['networks']} near the limit were measured, {found['over']} of them over it{worst}"
+
+
 def limit_card(study: StudyFiles) -> Card | None:
     """How the limit held on the device and how far predictions were off; None where nothing was measured."""
     limits, errors = tables.limits(study), tables.prediction_error(study)
@@ -259,6 +268,7 @@ def limit_card(study: StudyFiles) -> Card | None:
         side = f"{percent(abs(limits.worst_excess))} {'over' if limits.worst_excess > 0 else 'under'} {limits.limit_ms:g} ms"
         excess = (
             f"once measured; the slowest is {side}; measured latency is {percent(errors.median)} off its prediction (median), {worst_off}"
+            f"{_verified(study)}"
         )
         return Card("Broke the latency limit", str(limits.n_broken), f"of {limits.n_limited}", excess)
     if errors.n_networks:

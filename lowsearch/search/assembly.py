@@ -36,6 +36,7 @@ from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, target_of
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings
+from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
 from lowsearch.train import Recipe, can_train, evaluate, recipe, require_trainable, train
 
@@ -143,6 +144,9 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     def measure(archs: Sequence[Arch], progress: Progress | None) -> Sequence[NetworkLatency]:
         return measure_networks(archs, target, progress=progress)
 
+    def verify(archs: Sequence[Arch]) -> Sequence[NetworkLatency]:
+        return measure_networks(archs, target, max_processes=2, energy=False)
+
     def training() -> Ladder:
         assert data is not None and schedule is not None
         return Ladder(data, schedule, folder=folder, seed=settings.seed, device=trains_on)
@@ -176,6 +180,8 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
         proxies=proxies if trains else None, measure=measure if attached else None, batch=target.batch, precision=target.precision,
         energy=fit_energy(predictor),
+        verify=verify if attached and (target.threads == 1 or settings.workers == 1) else None,
+        verifications=Verifications(folder / VERIFIED),
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
         facts=_facts(settings, table, data, stale=staleness(table) if settings.allow_stale else []),
     )  # fmt: skip

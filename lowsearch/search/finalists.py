@@ -224,7 +224,7 @@ def write_finals(
     trained = parts.train_final is not None and not settings.stand_in
     scores = {f.arch_id: _scores(folder, f.arch_id, plan.seeds) if trained else [] for f in plan.finalists}
     seed_std, seed_std_origin = _seed_spread(plan, scores)
-    estimator = parts.estimator
+    estimator = parts.prediction
     limit_ms = largest_allowed_ms(settings)
     rows = []
     for f in plan.finalists:

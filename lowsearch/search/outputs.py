@@ -115,6 +115,8 @@ class StudyFiles:
                 **{metric: values[i] for metric, values in estimates.mean.items()},
                 "energy_source": "predicted" if "energy_mj" in estimates.mean else "",
             }  # fmt: skip
+            if (measured := self._parts.verifications.of(c.genome)) is not None:
+                row |= {"latency_std_ms": measured.latency_std_ms, "latency_source": "measured"}
             if c.state == "complete" and not math.isnan(c.accuracy):
                 row |= accuracy_columns(self._settings, c.accuracy, c.accuracy_std, c.rung)
             rows.append(row)

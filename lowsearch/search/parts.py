@@ -17,6 +17,7 @@ from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
 from lowsearch.search.estimates import AccuracyModel, EnergyPredictor, Estimator, LatencyModel
 from lowsearch.search.settings import StudySettings
+from lowsearch.search.verification import Verifications, VerifiedLatency
 from lowsearch.space import SearchSpace
 
 Progress = Callable[[int, int, str], None]
@@ -94,6 +95,8 @@ class Measured(Protocol):
     def latency_ms(self) -> float: ...
     @property
     def latency_std_ms(self) -> float: ...
+    @property
+    def samples_ms(self) -> Sequence[Sequence[float]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,7 @@ class Parts:
 
     space: SearchSpace
     latency: LatencyModel
+    """As predicted."""
     latency_source: Literal["predicted", "table"]
     """`table` where the device is not attached: nothing can be measured again."""
     explain: Callable[[Arch], Sequence[Share]]
@@ -122,6 +126,10 @@ class Parts:
     """What latency is measured in; memory and file size are of it too."""
     energy: EnergyPredictor | None = None
     """None where the latency table holds no energy."""
+    verify: Callable[[Sequence[Arch]], Sequence[Measured]] | None = None
+    """As `measure`, in seconds and beside the study's trainings; None where that says nothing."""
+    verifications: Verifications = field(default_factory=Verifications)
+    """What `verify` has said in this study."""
     anchors: Sequence[tuple[Arch, float]] = ()
     """Some networks of the latency table and their latency_ms there: measured again, they tell the pace of the machine."""
     held_out: Callable[[int], Training] | None = None
@@ -135,8 +143,16 @@ class Parts:
 
     @property
     def estimator(self) -> Estimator:
-        """Scores populations of the space, on the study's target."""
-        return Estimator(self.space, self.latency, batch=self.batch, precision=self.precision, energy=self.energy)
+        """Scores populations of the space, on the study's target, with the measured latency of networks that were verified."""
+        return self._estimator(VerifiedLatency(self.latency, self.verifications))
+
+    @property
+    def prediction(self) -> Estimator:
+        """As `estimator`, by predictions alone."""
+        return self._estimator(self.latency)
+
+    def _estimator(self, latency: LatencyModel) -> Estimator:
+        return Estimator(self.space, latency, batch=self.batch, precision=self.precision, energy=self.energy)
 
 
 class StandIn(AccuracyModel, Protocol):

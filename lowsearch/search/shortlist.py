@@ -104,7 +104,7 @@ def best_cover(
         return []
     mean = dict(parts.estimator.estimate(np.stack([c.genome for c in found])).mean)
     known = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in found]
-    latency_ms = np.array([predicted if m is None else m.latency_ms for m, predicted in zip(known, mean["latency_ms"], strict=True)])
+    latency_ms = np.array([expected if m is None else m.latency_ms for m, expected in zip(known, mean["latency_ms"], strict=True)])
     mean |= {metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS}
     if "energy_mj" in mean:
         known_mj = [math.nan if m is None else m.energy_mj for m in known]
@@ -135,7 +135,7 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     told: Progress | None = None if progress is None else lambda done, total, _: progress(done, total, "measure the shortlist")
     measured = parts.measure([*archs, *(arch for arch, _ in anchors)], told)
     pace = pace_since([latency.latency_ms for latency in measured[len(archs) :]], [then_ms for _, then_ms in anchors])
-    predicted = parts.estimator.estimate(np.stack([parts.space.encode(arch) for arch in archs]))
+    predicted = parts.prediction.estimate(np.stack([parts.space.encode(arch) for arch in archs]))
     rows: list[dict[str, Any]] = []
     for i, (arch, latency) in enumerate(zip(archs, measured, strict=False)):
         row: dict[str, Any] = {"arch_id": arch.arch_id, "latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms}

@@ -44,6 +44,7 @@ from lowsearch.search.parts import Parts, Progress, stand_in_of
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.shortlist import Measurements, write_shortlist
 from lowsearch.search.storage import Candidate, candidates, enqueue, is_exhausted, n_proposals, open_study, reclaim
+from lowsearch.search.verification import checked
 from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan
 
 log = logging.getLogger(__name__)
@@ -497,6 +498,9 @@ class _Run:
             "finalists": len(rows),
             "front": sum(row["on_front"] for row in rows),
             "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),
+            "verified": dataclasses.asdict(
+                checked(self._parts.verifications.found().values(), self._plan.settings.limits, batch=self._parts.batch)
+            ),
             "pace": None if math.isnan(measured.pace) else measured.pace,
             "ladder": self._ladder_check(),
             "forecast": dataclasses.asdict(forecast_agreement(self._parts.records(), self._parts.fit)),

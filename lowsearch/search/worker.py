@@ -42,6 +42,7 @@ from lowsearch.search.sampler import NothingLeftError, suggest_genome
 from lowsearch.search.samplers import SAMPLERS, Task
 from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
 from lowsearch.search.storage import Candidate, candidates, n_proposals, open_study, set_exhausted
+from lowsearch.search.verification import broken_limit, is_near_limit, verify
 
 logger = logging.getLogger(__name__)
 
@@ -188,13 +189,35 @@ class SearchWorker:
 
     def _refusal(self, trial: Trial, genome: np.ndarray) -> str:
         """Why `genome` must not be trained, or nothing. Tells Optuna's samplers how far a limit is broken."""
-        estimates = self._estimator.estimate(genome[None])
-        broken = float(excess(estimates, self._plan.settings.limits)[0])
-        if self._plan.settings.limits and "limits" not in trial.constraints:
+        limits = self._plan.settings.limits
+        tried = self._tried(genome, but=trial.number)
+        broken = self._excess(genome)
+        if not broken and not tried and self._verified(genome):
+            broken = self._excess(genome)
+        if limits and "limits" not in trial.constraints:
             trial.set_constraint("limits", broken)
+        measured = self._parts.verifications.of(genome)
+        if measured is not None and (limit := broken_limit(limits, measured.latency_ms, batch=self._parts.batch)) is not None:
+            return f"measured {'over' if limit.caps_latency else 'under'} limit: {measured.latency_ms:.4g} ms, {limit}"
         if broken > 0:
-            return f"breaks {', '.join(map(str, self._plan.settings.limits))} by {100 * broken:.1f} %"
-        return "was tried before" if self._tried(genome, but=trial.number) else ""
+            return f"breaks {', '.join(map(str, limits))} by {100 * broken:.1f} %"
+        return "was tried before" if tried else ""
+
+    def _excess(self, genome: np.ndarray) -> float:
+        return float(excess(self._estimator.estimate(genome[None]), self._plan.settings.limits)[0])
+
+    def _verified(self, genome: np.ndarray) -> bool:
+        """Measure a network that is to be trained and whose limit is in doubt; whether that was so."""
+        parts = self._parts
+        if parts.verify is None or self._training is None or parts.verifications.of(genome) is not None:
+            return False
+        mean_ms, std_ms = (float(values[0]) for values in parts.latency.predict(genome[None]))
+        if not is_near_limit(self._plan.settings.limits, mean_ms, std_ms, batch=parts.batch):
+            return False
+        found = verify(parts.space.decode(genome), genome, (mean_ms, std_ms), anchors=parts.anchors, measure=parts.verify)
+        parts.verifications.append(found)
+        logger.info("%s takes %.4g ms, predicted %.4g ± %.2g", found.arch_id, found.latency_ms, mean_ms, std_ms)
+        return True
 
     def _tried(self, genome: np.ndarray, *, but: int) -> bool:
         others = candidates(self._study, self._parts.space)
