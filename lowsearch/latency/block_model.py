@@ -116,14 +116,18 @@ class _Ridge:
         self._mean = targets.mean(axis=0)
         inputs = self._inputs(features)
         u, s, vt = np.linalg.svd(inputs - inputs.mean(axis=0), full_matrices=False)
+        kept = s > 1e-9 * s.max(initial=1e-300)
+        u, s, vt = u[:, kept], s[kept], vt[kept]
         self._centre = inputs.mean(axis=0)
         projected = u.T @ (targets - self._mean)
+        outside = targets - self._mean - u @ projected
+        free = np.maximum(1 - 1 / len(features) - (u**2).sum(axis=1), 0.0)
         best = np.inf
         for penalty in _PENALTIES * len(features):
-            shrink = s**2 / (s**2 + penalty)
-            fitted = u @ (shrink[:, None] * projected)
-            leverage = (u**2 @ shrink) + 1 / len(features)
-            residuals = (targets - self._mean - fitted) / np.maximum(1 - leverage, 1e-3)[:, None]
+            # What the fit leaves of a row, over what it leaves of the row's own weight. With more columns than rows both come near 0, so
+            # they are summed up, not taken as differences from 1.
+            left = penalty / (s**2 + penalty)
+            residuals = (outside + u @ (left[:, None] * projected)) / np.maximum(free + u**2 @ left, 1e-12)[:, None]
             error = float(np.mean(residuals**2))
             if error < best:
                 best, self._residuals = error, residuals
