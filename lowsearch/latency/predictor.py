@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
+from scipy.stats import norm as normal
+from scipy.stats import t as student_t
 
 from lowsearch import cost
 from lowsearch.arch import Arch, Block, Downsampler, Head, StemConv, input_channels
@@ -39,15 +41,18 @@ _HUBER_STEPS = 12
 _FIRST_DEVIATION = 0.03
 _DOUBTED = 1.5
 """Networks beyond this many deviations count less in the fit."""
-_OUTLYING = 3.0
+_OUTLYING = 4.0
 """Networks beyond this many deviations count no more than this for the spread."""
 _ACTIVATIONS_SHARE = 0.25
 """Of all activations of a network, what passes through the caches between two uses of its weights."""
 _CONFLICTS = 1.35
 """A cache is lost somewhat before it is full: its lines compete for places, and other code runs as well. As measured on one CPU."""
-_DRIFT_STD = 0.03
-"""All networks of a table were measured within minutes. From one hour to the next the speed of a shared machine drifts by 2 to 4 %, at
-times by more."""
+_DRIFT_STD = 0.015
+"""The calibration networks were measured within minutes. An hour later networks differ by 1 to 2 % beyond the pace that is common to all
+(the same networks timed again on a shared machine), the large ones together, which no calibration network shows. The pace itself is no
+part of a prediction's error: it is measured wherever predictions and measurements meet, and divided out."""
+_LEAST_SHARE = 0.25
+"""Of the spread of the calibration networks, what is laid on whole networks at the least, whatever predicted blocks seem to explain."""
 _REPEATS_VARIANCE = 2.0
 """A predicted block often stands several times in a network, and errs there in the same direction."""
 _N_COLUMNS = 5  # of `LatencyPredictor._block_row`
@@ -143,8 +148,11 @@ class LatencyPredictor:
                 hint=f"{table.target.profile_command} --space {space.name}",
             )
         self._predict_missing([block for row in calibration for block in row.arch.blocks()])
-        self.correction, self.relative_std = self._fit(calibration)
-        """`relative_std`: spread of the calibration networks around their prediction from the others."""
+        self._block_scale = 1.0
+        self.correction, left_out = self._fit(calibration)
+        self.relative_std, self._block_scale = self._spread(calibration, left_out)
+        """`relative_std`: spread of networks of measured blocks. `_block_scale`: how many times the variance that the block models state
+        of unmeasured blocks shows in networks."""
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, n_genes) -> mean_ms (n,), std_ms (n,)."""
@@ -235,11 +243,11 @@ class LatencyPredictor:
         return _REPEATS_VARIANCE * self._unmeasured_var(block) * mean_ms**2
 
     def _unmeasured_var(self, block: Block) -> float:
-        """Relative variance of what a model says of a block; 0 for a measured one."""
-        return 0.0 if block in self.table.entries else self._predictions[block].relative_std ** 2
+        """Relative variance of what a model says of a block, as far as it shows in networks; 0 for a measured one."""
+        return 0.0 if block in self.table.entries else self._block_scale * self._predictions[block].relative_std ** 2
 
-    def _fit(self, networks: Sequence[NetworkLatency]) -> tuple[Correction, float]:
-        """The correction, and the spread that is left, from leaving out one network after the other."""
+    def _fit(self, networks: Sequence[NetworkLatency]) -> tuple[Correction, np.ndarray]:
+        """The correction, and the relative error (n,) of every network's prediction from the others."""
         measured_ms = np.array([row.latency_ms for row in networks])
         inputs = np.array([self._inputs(row.arch) for row in networks]) / measured_ms[:, None]
         usual, usual_std = self._usual()
@@ -249,16 +257,29 @@ class LatencyPredictor:
         left_out = np.array([
             inputs[i] @ _fit_weights(inputs[kept[i]], usual, usual_std, noise=noise) - 1 for i in range(len(networks))
         ])  # fmt: skip
-        fitted = Correction(*map(float, weights))
-        # Predicted blocks of the calibration networks are part of their spread already; elsewhere they count by themselves.
-        explained = [
-            sum(self._block_variance(b, fitted.block_ms(b, self.latency(b), crowding=1.0)) for b in row.arch.blocks()) / row.latency_ms**2
-            for row in networks
-        ]
+        return Correction(*map(float, weights)), left_out
+
+    def _spread(self, networks: Sequence[NetworkLatency], left_out: np.ndarray) -> tuple[float, float]:
+        """`relative_std` and `_block_scale` from errors (n,) of networks that were left out of the fit.
+
+        The block models say how the spread is shared out: networks with more unmeasured blocks are less certain. How large it is, the
+        errors themselves say (as in locally weighted conformal prediction, arXiv 1604.04173). As it stands, a block model's error is no
+        measure of that: the noise of timing single blocks is in it, which a sum averages out, and the gaps of a sparse sample.
+        """
+        explained = np.array([self._block_share(row.arch) for row in networks])
         outlying = _OUTLYING * _deviation(left_out)  # One disturbed measurement is not the spread of all the others.
-        total = float(np.mean(np.clip(left_out, -outlying, outlying) ** 2))
-        spread = max(total - float(np.mean(explained)), 0.25 * total) + _DRIFT_STD**2
-        return fitted, float(np.sqrt(spread))
+        squares = np.clip(left_out, -outlying, outlying) ** 2
+        total = float(np.mean(squares))
+        whole = max(total - float(np.mean(explained)), _LEAST_SHARE * total, 1e-12)
+        n = len(networks)
+        unknown = float(student_t.ppf(0.95, n) / normal.ppf(0.95)) ** 2  # The spread itself is known from n networks only.
+        scale = unknown * float(np.mean(squares / (whole + explained)))
+        return float(np.sqrt(scale * whole + _DRIFT_STD**2)), scale
+
+    def _block_share(self, arch: Arch) -> float:
+        """Relative variance of the prediction of `arch` that its unmeasured blocks state."""
+        variance = sum(self._block_row(block)[-1] for block in arch.blocks())
+        return variance / sum(share.ms for share in self.explain(arch)) ** 2
 
     def _inputs(self, arch: Arch) -> np.ndarray:
         """What every weight of a Correction multiplies, (9,)."""
