@@ -88,6 +88,11 @@ def main() -> None:
         [{"arch": r.arch.to_dict(), "samples_ms": r.samples_ms, "paces": r.paces, "wall_over_cpu": r.wall_over_cpu} for r in measured]
         for measured in (rows, anchors)
     )
+    for values, mean_ms, std_ms in zip(networks, *LatencyPredictor(space, table).predict_archs([row.arch for row in rows]), strict=True):
+        values |= {"predicted_ms": float(mean_ms), "predicted_std_ms": float(std_ms)}
+    then_ms = {row.arch: row.latency_ms for row in table.calibration[space.name]}
+    for values, row in zip(again, anchors, strict=True):
+        values["table_ms"] = then_ms[row.arch]
     RESULTS.mkdir(exist_ok=True)
     content = {
         "command": f"python benchmarks/latency_prediction.py --space {space.name} --device {arguments.device} "
