@@ -945,8 +945,8 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
             f"({forecast['low']:.2f} to {forecast['high']:.2f}); on networks held out for it: lowsearch trust"
         )
     if (verified := summary["verified"])["networks"]:
-        over = f", the worst by {100 * verified['worst_excess']:.1f} %, and not trained" if verified["over"] else ""
-        _tell(f"{verified['networks']} candidates near the latency limit were measured before training: {verified['over']} over it{over}")
+        worst = f", the worst by {100 * verified['worst_excess']:.1f} %; those were not trained" if verified["over"] else ""
+        _tell(f"candidates near the latency limit, measured before training: {verified['networks']}; over it: {verified['over']}{worst}")
     limit = summary["limit"]
     if limit["broken"]:
         _tell(

@@ -602,9 +602,7 @@ def test_key_figures_state_numbers_with_their_errors(finished: StudyFiles):
     assert "before training" not in cards["Broke the latency limit"].explanation
 
 
-@pytest.mark.parametrize(
-    ("over", "says"), [(2, "5 near the limit were measured, 2 of them over it, the worst by 3.1 %"), (0, "0 of them over it")]
-)
+@pytest.mark.parametrize(("over", "says"), [(2, "near the limit: 5, over it: 2, the worst by 3.1 %"), (0, "near the limit: 5, over it: 0")])
 def test_the_page_says_how_candidates_near_the_limit_fared(finished: StudyFiles, over: int, says: str):
     summary = {"verified": {"networks": 5, "over": over, "worst_excess": 0.031 if over else 0.0}}
     explanation = sections.limit_card(replace(finished, summary={**finished.summary, **summary})).explanation

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from lowsearch.errors import StudyError
+from lowsearch.latency.target import Device
 from lowsearch.report.study_files import read_study
+from lowsearch.search import assembly
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.outputs import StudyFiles
 from lowsearch.search.settings import StudySettings
@@ -189,7 +191,24 @@ def test_a_whole_run_says_how_many_were_measured_and_how_many_were_over(tmp_path
 # Parts
 
 
-class Device:
+@pytest.mark.parametrize(
+    ("settings", "can"),
+    [
+        ({"workers": 2}, True),
+        ({"workers": 2, "threads": 2}, False),
+        ({"workers": 1, "threads": 2}, True),
+        ({"workers": 2, "device": "a-gpu", "train_device": "cuda"}, False),
+        ({"workers": 2, "device": "a-gpu", "train_device": "cpu"}, True),
+        ({"workers": 1, "device": "a-gpu", "train_device": "cuda"}, True),
+    ],
+)
+def test_nobody_is_timed_where_trainings_would_be_in_the_time(monkeypatch, settings, can):
+    gpu, cpu = Device(slug="a-gpu", kind="cuda", name="Fake"), Device(slug="cpu", kind="cpu", name="Fake")
+    monkeypatch.setattr(assembly, "resolve_device", lambda name: gpu if name == "a-gpu" else cpu)
+    assert assembly.can_time_beside_trainings(StudySettings(**settings)) == can
+
+
+class Clock:
     """Takes `factor` times what the table says of the anchors, and `own_ms` for everyone else."""
 
     def __init__(self, anchors, factors, own_ms):
@@ -212,7 +231,7 @@ def networks():
 def test_the_pace_of_the_nearest_anchors_is_divided_out(networks):
     genomes, (own, *others) = networks
     anchors = [(arch, 0.1 * 2**i) for i, arch in enumerate(others)]
-    device = Device(anchors, {arch: f for arch, f in zip(others, [9, 9, 1.1, 1.2, 1.3, 1.4, 9, 9], strict=True)}, own_ms=1.0)
+    device = Clock(anchors, {arch: f for arch, f in zip(others, [9, 9, 1.1, 1.2, 1.3, 1.4, 9, 9], strict=True)}, own_ms=1.0)
     found = verify(own, genomes[0], (0.1 * 2**3.5, 0.05), anchors=[*anchors, (own, 1.1)], measure=device)
     assert device.asked[0] == own and set(device.asked[1:]) == set(others[2:6]) and len(device.asked) == 1 + N_ANCHORS
     assert found.pace == pytest.approx(1.25) and found.latency_ms == pytest.approx(1 / 1.25)
@@ -223,12 +242,12 @@ def test_the_pace_of_the_nearest_anchors_is_divided_out(networks):
 
 def test_without_anchors_a_measurement_counts_as_it_is(networks):
     genomes, (own, *_) = networks
-    found = verify(own, genomes[0], (1.0, 0.1), anchors=[(own, 2.0)], measure=Device([], {}, own_ms=1.5))
+    found = verify(own, genomes[0], (1.0, 0.1), anchors=[(own, 2.0)], measure=Clock([], {}, own_ms=1.5))
     assert (found.latency_ms, found.latency_std_ms, found.pace, found.anchor_ratios) == (1.5, pytest.approx(0.01), 1.0, ())
 
 
 def made(genome, latency_ms):
-    return verify(SPACE.decode(genome), genome, (1.0, 0.1), anchors=(), measure=Device([], {}, own_ms=latency_ms))
+    return verify(SPACE.decode(genome), genome, (1.0, 0.1), anchors=(), measure=Clock([], {}, own_ms=latency_ms))
 
 
 def test_verifications_survive_a_torn_line_and_are_seen_by_others(tmp_path, networks):
@@ -273,6 +292,9 @@ def test_near_is_within_two_deviations_of_a_latency_limit_on_either_side():
         False, True, True, False, False, True, True, False,
     ]  # fmt: skip
     assert not is_near_limit(parse_limits(maxima=["macs=5"]), 5, 1)
+    images = parse_limits(minima=["throughput_ips=1000"])  # Of 4 images: 4 ms.
+    assert [is_near_limit(images, ms, 0.1, batch=4) for ms in (3.79, 3.81, 4.19, 4.21)] == [False, True, True, False]
+    assert broken_limit(images, 3.99, batch=4) is None and broken_limit(images, 4.01, batch=4) == images[0]
 
 
 def test_breaks_are_counted_against_the_limit_they_break(networks):

@@ -257,7 +257,7 @@ def _verified(study: StudyFiles) -> str:
     if not found["networks"]:
         return ""
     worst = f", the worst by {percent(found['worst_excess'])}" if found["over"] else ""
-    return f"; before training, {found['networks']} near the limit were measured, {found['over']} of them over it{worst}"
+    return f"; measured before training, as they were near the limit: {found['networks']}, over it: {found['over']}{worst}"
 
 
 def limit_card(study: StudyFiles) -> Card | None:

@@ -180,11 +180,17 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
         proxies=proxies if trains else None, measure=measure if attached else None, batch=target.batch, precision=target.precision,
         energy=fit_energy(predictor),
-        verify=verify if attached and (target.threads == 1 or settings.workers == 1) else None,
+        verify=verify if attached and can_time_beside_trainings(settings) else None,
         verifications=Verifications(folder / VERIFIED),
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
         facts=_facts(settings, table, data, stale=staleness(table) if settings.allow_stale else []),
     )  # fmt: skip
+
+
+def can_time_beside_trainings(settings: StudySettings) -> bool:
+    """Whether a worker can measure a network while others train: not in wall time (several threads), and not on the GPU they train on."""
+    on_their_gpu = settings.train_device == "cuda" and resolve_device(settings.device).kind == "cuda"
+    return settings.workers == 1 or (settings.threads == 1 and not on_their_gpu)
 
 
 def train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, path: Path, device: str = "cpu") -> FinalScore:

@@ -44,7 +44,7 @@ from lowsearch.search.parts import Parts, Progress, stand_in_of
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.shortlist import Measurements, write_shortlist
 from lowsearch.search.storage import Candidate, candidates, enqueue, is_exhausted, n_proposals, open_study, reclaim
-from lowsearch.search.verification import checked
+from lowsearch.search.verification import VerifiedCheck, checked
 from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan
 
 log = logging.getLogger(__name__)
@@ -498,15 +498,17 @@ class _Run:
             "finalists": len(rows),
             "front": sum(row["on_front"] for row in rows),
             "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),
-            "verified": dataclasses.asdict(
-                checked(self._parts.verifications.found().values(), self._plan.settings.limits, batch=self._parts.batch)
-            ),
+            "verified": dataclasses.asdict(self._verified()),
             "pace": None if math.isnan(measured.pace) else measured.pace,
             "ladder": self._ladder_check(),
             "forecast": dataclasses.asdict(forecast_agreement(self._parts.records(), self._parts.fit)),
             "steering_ended": why_steering_ended(self._folder),
             "spent_s": dict(self._clock.spent_s),
         }
+
+    def _verified(self) -> VerifiedCheck:
+        found = self._parts.verifications.found()
+        return checked(found.values(), self._plan.settings.limits, batch=self._parts.batch)
 
     def _ladder_check(self) -> dict[str, Any]:
         """How the lowest rung ranks the networks that were trained on the whole schedule: the ladder's spot check."""
