@@ -452,6 +452,10 @@ def run(
     allow_stale: Annotated[
         bool, typer.Option("--allow-stale", help="Use a latency table of this machine that other versions or another driver measured.")
     ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="URL", help="A database server for the trials, as postgresql+psycopg://user@host/database."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search: profile if needed, propose and train networks, then re-measure and train the front. The same command resumes."""
@@ -470,7 +474,7 @@ def run(
         "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": recipe, "accuracy": accuracy, "final_seeds": final_seeds,
-        "allow_stale": allow_stale, "train_device": train_device,
+        "allow_stale": allow_stale, "train_device": train_device, "storage": _without_password(storage),
     }  # fmt: skip
     stored = stored_settings(folder)
     if stored is None:
@@ -497,6 +501,23 @@ def run(
         )
     _print_summary(result.summary)
     _tell(f"report: {page}")
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Argument(help="Name or folder of a study that `lowsearch run` works on.")],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that train side by side.")] = 2,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="Where this machine reaches the database, if not where the study says.")
+    ] = None,
+) -> None:
+    """Train for a study that is being run, from another machine that shares its folder. Ends with its search."""
+    from lowsearch.search.joining import join
+
+    folder = _study_folder(study)
+    with _progress() as progress:
+        scored = join(folder, workers=workers, url=_without_password(storage), progress=progress)
+    _tell(f"the search is over, or nobody runs study {folder.name} any more; networks scored here: {scored}")
 
 
 @app.command()
@@ -842,6 +863,18 @@ def _interval(low: float | None, high: float | None) -> str:
 def _was_typed(context: typer.Context, parameter: str) -> bool:
     source = context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def _without_password(url: str | None) -> str | None:
+    """The url of a storage as it may be stored; its password goes where this process and its workers read it."""
+    if url is None:
+        return None
+    from lowsearch.search.database import PASSWORD, split_password
+
+    bare, password = split_password(url)
+    if password is not None:
+        os.environ[PASSWORD] = password
+    return bare
 
 
 def _study_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """A study with closed-form latency and accuracy, runnable in seconds: what test_study.py and its worker processes share.
 
-As a script it is both sides: `study_fakes.py worker FOLDER NAME JOB ...` and `study_fakes.py run FOLDER SETTINGS_JSON`.
+As a script it is all sides: `study_fakes.py worker FOLDER NAME JOB ...`, `study_fakes.py run FOLDER SETTINGS_JSON` and
+`study_fakes.py join FOLDER WORKERS`.
 Files in the study's folder make it misbehave: `crash-on` (arch_ids, one a line, whose training kills the process), `crash-once`
 (the same, but only the first time), `mistake` (raises a user error).
 """
@@ -26,8 +27,10 @@ from filelock import FileLock
 from lowsearch import cost
 from lowsearch.arch import Arch, Block
 from lowsearch.errors import DataError
+from lowsearch.search import leases
 from lowsearch.search import study as studies
 from lowsearch.search import worker as workers
+from lowsearch.search.joining import join
 from lowsearch.search.parts import FinalScore, Parts
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
@@ -43,6 +46,7 @@ CENTER, SPREAD = _features.mean(axis=0), np.maximum(_features.std(axis=0), 1e-9)
 RUNGS = (0.25, 0.5, 1.0)
 STEP_S = float(os.environ.get("FAKE_STEP_S", "0"))
 """How long a rung takes."""
+leases.BEAT_S, leases.LEASE_S = (float(s) for s in os.environ.get("FAKE_BEAT_AND_LEASE_S", "10 90").split())
 
 
 class FakeLatency:
@@ -294,6 +298,9 @@ class Interrupting:
 def main(arguments):
     if arguments[0] == "worker":
         return workers.main(arguments[1:], parts=make_parts)
+    if arguments[0] == "join":
+        print(join(Path(arguments[1]), workers=int(arguments[2]), backend=backend()))
+        return 0
     run(StudySettings(**json.loads(arguments[2])), Path(arguments[1]), backend=backend())
     return 0
 

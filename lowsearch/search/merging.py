@@ -23,10 +23,10 @@ from lowsearch.search.foreign import gene_distributions
 from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, of_study, settings_of
 from lowsearch.search.sampler import gene_indices
 from lowsearch.search.settings import EXTENSIBLE, StudySettings, read_study_file
-from lowsearch.search.storage import DATABASE, candidates, open_study
+from lowsearch.search.storage import DATABASE, SERVER_STUDY, candidates, has_database, open_study
 from lowsearch.search.study import CLOCK, Clock, locked, write_study_file
 
-MAY_DIFFER = (*EXTENSIBLE, "seed", "sampler", "space")
+MAY_DIFFER = (*EXTENSIBLE, "seed", "sampler", "space", "storage")
 """`space` is compared by what it says, not by its name or path."""
 
 
@@ -67,7 +67,7 @@ def _common_settings(first: Path, second: Path) -> StudySettings:
             raise refuse(field.name, mine, theirs)
     for name in (DATABASE, SPACE_FILE, TABLE_FILE):
         for folder in (first, second):
-            if not (folder / name).exists():
+            if not (has_database(folder) if name == DATABASE else (folder / name).exists()):
                 raise StudyError(f"study {folder.name!r} holds no {name}, so it cannot be merged", hint="merge studies where they were run")
     if (first / SPACE_FILE).read_text(encoding="utf-8") != (second / SPACE_FILE).read_text(encoding="utf-8"):
         raise refuse("the search space", f"that of {first / SPACE_FILE}", f"that of {second / SPACE_FILE}")
@@ -111,7 +111,8 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
                 )
             )  # fmt: skip
         counts[which] = len(new)
-    values: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace")}
+    values: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace", SERVER_STUDY)}
+    values["settings"] = dataclasses.replace(settings, storage=None).to_dict()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     # Last: without it the folder is no study.
     write_study_file(folder, values | {"name": folder.name, "created": created, "merged_from": [first.name, second.name]})

@@ -129,7 +129,7 @@ def enqueue(folder: Path, settings: StudySettings, space: SearchSpace, leads: Co
 
     Raises StudyError where the folder holds no search that could go on.
     """
-    if not (folder / storage.DATABASE).exists():
+    if not storage.has_database(folder):
         raise StudyError(f"study {folder.name!r} holds no {storage.DATABASE}, so its search cannot go on", hint="start one: lowsearch run")
     study = storage.open_study(folder, settings.objectives)
     storage.enqueue(study, space, {lead.change.arch_id: lead.change.arch for lead in leads}, origin="proposed")

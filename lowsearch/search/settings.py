@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lowsearch.errors import StudyError, UsageError
+from lowsearch.search.database import check_url
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 from lowsearch.search.samplers import SAMPLERS
 
@@ -60,6 +61,8 @@ class StudySettings:
     """Fresh trainings of every finalist; None for 1, or 2 where the budget allows."""
     allow_stale: bool = False
     """Whether a latency table of this machine may be used that other versions, or another driver, measured."""
+    storage: str | None = None
+    """Url of the database server that holds the trials, without a password; None for study.db in the study's folder."""
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
@@ -80,6 +83,8 @@ class StudySettings:
                 )
         if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
             raise UsageError(f"budget is {self.budget_s!r} seconds, expected more than 0", hint="--budget 8m")
+        if self.storage is not None:
+            check_url(self.storage)
         if self.stand_in and any(limit.metric == "accuracy" for limit in self.limits):
             raise UsageError(f"accuracy has a limit, but --accuracy {self.accuracy} measures none", hint="drop the limit or --accuracy")
 
@@ -112,7 +117,8 @@ class StudySettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
         """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
-        values = {"allow_stale": False, "train_device": "cpu", **values}  # Studies from before there was a choice have none.
+        # Studies from before there was a choice have none.
+        values = {"allow_stale": False, "train_device": "cpu", "storage": None, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
             if wrong:

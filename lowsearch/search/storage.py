@@ -1,4 +1,6 @@
-"""The Optuna side of a study: its SQLite file, what a trial says about a candidate, and giving back what a dead process held.
+"""The Optuna side of a study: its database, what a trial says about a candidate, and giving back what a dead process held.
+
+The database is study.db in the study's folder (SQLite), or on the server that study.yaml names.
 
 A trial is one candidate and keeps its number for ever. A trial whose process died is set back to WAITING, under the same number and
 with the parameters it already has: it is the next to run, so a study that was killed goes on as if it had not been.
@@ -7,37 +9,40 @@ with the parameters it already has: it is the next to run, so a study that was k
 from __future__ import annotations
 
 import sqlite3
-import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
+from lowsearch.search.database import PATIENCE_S, connect
+from lowsearch.search.leases import WORKER
 from lowsearch.search.objectives import Objectives
 from lowsearch.search.sampler import gene_indices
+from lowsearch.search.settings import read_study_file, stored_settings
 from lowsearch.space import SearchSpace
 
 DATABASE = "study.db"
 STUDY_NAME = "lowsearch"
+"""Of Optuna's study in study.db. On a server, which many studies share, study.yaml holds it as SERVER_STUDY."""
+SERVER_STUDY = "optuna_study"
 MAX_DEATHS = 2
 """A candidate whose process died this often (out of memory, say) is given up, so that it cannot stop the study."""
 
 _LOCK_TIMEOUT_S = 120
-_HEARTBEAT_S = 10
-_GRACE_S = 600  # Long: a stopped laptop's trials must not be given away by the first process that wakes up.
 
 _EXHAUSTED = "exhausted"
+_OPEN = "search_open"
 
 Origin = Literal["family", "proposed", "random"]
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
@@ -50,29 +55,50 @@ _STATES: dict[TrialState, State] = {
 }
 
 
-def open_study(folder: Path, objectives: Objectives, *, sampler: BaseSampler | None = None) -> optuna.Study:
-    """The Optuna study of `folder`, made where it does not exist. Raises StudyError where its file is no database."""
+def open_study(
+    folder: Path,
+    objectives: Objectives,
+    *,
+    sampler: BaseSampler | None = None,
+    url: str | None = None,
+    join: bool = False,
+    patience_s: float = PATIENCE_S,
+) -> optuna.Study:
+    """The Optuna study of `folder`, made where it does not exist. Raises StudyError where its database cannot be used.
+
+    `url`: where this machine reaches the server, if not where study.yaml says. `join`: only a study that exists; StudyError otherwise.
+    `patience_s`: how long to wait for a server that does not answer at first.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings = stored_settings(folder)
+    url = url or (settings.storage if settings else None)
+    name = STUDY_NAME if url is None else str((read_study_file(folder) or {}).get(SERVER_STUDY, STUDY_NAME))
+    storage = _file_storage(folder) if url is None else connect(url, patience_s=patience_s)
+    if not join:
+        directions = list(objectives.directions)
+        return optuna.create_study(storage=storage, study_name=name, directions=directions, sampler=sampler, load_if_exists=True)
+    try:
+        return optuna.load_study(storage=storage, study_name=name, sampler=sampler)
+    except KeyError as error:
+        raise StudyError(f"{url or folder / DATABASE} holds no study {name!r}", hint="name the --storage that it is run with") from error
+
+
+def has_database(folder: Path) -> bool:
+    """Whether the study in `folder` has trials somewhere."""
+    settings = stored_settings(folder)
+    return (settings is not None and settings.storage is not None) or (folder / DATABASE).exists()
+
+
+def _file_storage(folder: Path) -> RDBStorage:
     path = folder / DATABASE
-    with warnings.catch_warnings():
-        # The heartbeat is what `Study.optimize` keeps up for the storage; Optuna calls it experimental.
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        try:
-            _prepare_database(path)
-            storage = RDBStorage(
-                f"sqlite:///{path.resolve()}",
-                engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}},
-                heartbeat_interval=_HEARTBEAT_S,
-                grace_period=_GRACE_S,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_DEATHS),
-            )
-        except sqlite3.DatabaseError as error:
-            raise StudyError(f"{path} is damaged: {error}", hint=f"restore it, or remove {folder} and search again") from error
-        event.listen(storage.engine, "connect", _without_fsync)
-        storage.engine.dispose()  # Connections opened so far have not heard of it.
-        return optuna.create_study(
-            storage=storage, study_name=STUDY_NAME, directions=list(objectives.directions), sampler=sampler, load_if_exists=True
-        )
+    try:
+        _prepare_database(path)
+        storage = RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}})
+    except sqlite3.DatabaseError as error:
+        raise StudyError(f"{path} is damaged: {error}", hint=f"restore it, or remove {folder} and search again") from error
+    event.listen(storage.engine, "connect", _without_fsync)
+    storage.engine.dispose()  # Connections opened so far have not heard of it.
+    return storage
 
 
 def _prepare_database(path: Path) -> None:
@@ -103,30 +129,47 @@ def enqueue(study: optuna.Study, space: SearchSpace, networks: dict[str, Arch], 
             study.enqueue_trial(gene_indices(space.encode(arch), space), user_attrs={"origin": origin, "name": name})
 
 
-def reclaim(study: optuna.Study, *, living: Sequence[str] = (), crashed: Sequence[str] = ()) -> list[int]:
+def crew_of(worker: str) -> str:
+    """Whose child a worker is, by its name `worker-SLOT@CREW.TOKEN`; empty for those of `lowsearch run` itself, without `@CREW`."""
+    return worker.partition(".")[0].partition("@")[2]
+
+
+def reclaim(
+    study: optuna.Study, *, crew: str = "", living: Sequence[str] = (), crashed: Sequence[str] = (), silent: Sequence[int] = ()
+) -> list[int]:
     """Set the RUNNING trials of dead processes back to WAITING, and return their numbers.
 
-    `living` are the workers at work, `crashed` those that died by themselves: a candidate that MAX_DEATHS of these held is failed
-    instead. Call it where no worker can be between asking for a trial and signing it, so under the proposal lock.
+    Of workers of `crew` only the `living` are at work; `crashed` are those that died by themselves: a candidate that MAX_DEATHS of
+    these held is failed instead. Trials of other crews stay, but for the `silent`, by number, whose lease is over. Call it where no
+    worker can be between asking for a trial and signing it, so under the proposal lock.
     """
     storage = study._storage  # Optuna has no public way back to WAITING; the storage's own method allows it.
     numbers = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        worker = trial.user_attrs.get("worker")
-        if worker in living:
+    for trial in running(study):
+        worker = trial.user_attrs.get(WORKER) or ""
+        if worker in living or (worker and crew_of(worker) != crew and trial.number not in silent):
             continue
-        deaths = int(trial.user_attrs.get("deaths", 0)) + (worker in crashed)
-        if worker in crashed:
-            storage.set_trial_user_attr(trial._trial_id, "deaths", deaths)
-        if deaths >= MAX_DEATHS:
-            storage.set_trial_user_attr(trial._trial_id, "reason", f"its process died {deaths} times")
-            storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-        else:
-            if isinstance(storage, BaseHeartbeat):
-                storage.record_heartbeat(trial._trial_id)  # An old beat would make it stale the moment it runs again.
-            storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
-        numbers.append(trial.number)
+        with suppress(UpdateFinishedTrialError):  # Silent, but not dead: it has finished in this moment.
+            _give_back(storage, trial, crashed=worker in crashed)
+            numbers.append(trial.number)
     return numbers
+
+
+def _give_back(storage: BaseStorage, trial: FrozenTrial, *, crashed: bool) -> None:
+    deaths = int(trial.user_attrs.get("deaths", 0)) + crashed
+    if crashed:
+        storage.set_trial_user_attr(trial._trial_id, "deaths", deaths)
+    if deaths >= MAX_DEATHS:
+        storage.set_trial_user_attr(trial._trial_id, "reason", f"its process died {deaths} times")
+        storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+        return
+    storage.set_trial_user_attr(trial._trial_id, WORKER, "")  # Should the worker live after all, it sees that it holds nothing.
+    storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
+
+
+def running(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that someone holds, or held when they died."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +237,25 @@ def set_exhausted(study: optuna.Study) -> None:
 def is_exhausted(study: optuna.Study) -> bool:
     """Whether no network within the limits is left to try."""
     return bool(study.user_attrs.get(_EXHAUSTED))
+
+
+def set_search_open(study: optuna.Study, is_open: bool) -> None:
+    """Note whether the search goes on, for workers that joined it."""
+    study.set_user_attr(_OPEN, is_open)
+
+
+def is_search_open(study: optuna.Study) -> bool:
+    """Whether the search goes on."""
+    return bool(study.user_attrs.get(_OPEN, True))
+
+
+def nothing_to_start(study: optuna.Study, trials: int | None) -> bool:
+    """Whether no worker could start anything that a study of so many `trials` still needs."""
+    if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        return False
+    if is_exhausted(study):
+        return True
+    return trials is not None and n_proposals(study) >= trials
 
 
 def n_proposals(study: optuna.Study) -> int:

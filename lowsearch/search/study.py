@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import secrets
-import subprocess
+import socket
 import sys
 import time
 from collections import Counter
@@ -30,12 +30,13 @@ import optuna
 import yaml
 from filelock import FileLock, Timeout
 
-from lowsearch import errors
 from lowsearch.accuracy.agreement import agreement
-from lowsearch.errors import LowsearchError, StudyError
+from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
+from lowsearch.search.crew import MAX_CRASHES_IN_A_ROW, Crew, await_orphans, crashed_too_often
+from lowsearch.search.database import connect
 from lowsearch.search.estimates import excess, reference_values
 from lowsearch.search.feasible import all_to_try, check_limits
 from lowsearch.search.gate import forecast_agreement, why_steering_ended
@@ -43,15 +44,26 @@ from lowsearch.search.outputs import StudyFiles, decode
 from lowsearch.search.parts import Parts, Progress, stand_in_of
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.search.shortlist import Measurements, write_shortlist
-from lowsearch.search.storage import Candidate, candidates, enqueue, is_exhausted, n_proposals, open_study, reclaim
+from lowsearch.search.storage import (
+    SERVER_STUDY,
+    Candidate,
+    candidates,
+    enqueue,
+    is_exhausted,
+    nothing_to_start,
+    open_study,
+    reclaim,
+    set_search_open,
+)
 from lowsearch.search.verification import VerifiedCheck, checked
-from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK, Plan
+from lowsearch.search.worker import PROPOSAL_LOCK, Plan
 
 log = logging.getLogger(__name__)
 
 Phase = Literal["profile", "search", "finals"]
 CLOCK = "clock.json"
-MAX_CRASHES_IN_A_ROW = 3
+HOST = ".host"
+"""Names the machine that runs the study: SQLite's file is for its processes alone."""
 _POLL_S = 0.25
 _REFRESH_S = 5.0
 
@@ -87,18 +99,22 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
     backend = backend or Backend()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        (folder / HOST).write_text(socket.gethostname() + "\n", encoding="utf-8")
         clock = Clock(folder / CLOCK)
         settings = backend.resolve(settings)
         stored = stored_settings(folder)
         if stored is not None:
             check_resumable(folder.name, stored, settings)
+        if settings.storage is not None:
+            connect(settings.storage, patience_s=0)  # Before anything is measured or written: a mistyped url is told at once.
         with clock.running("profile"):
             backend.prepare(folder, settings, progress)
         parts = backend.parts(folder, settings)
-        _await_orphans(folder)
+        await_orphans(folder)
         plan = _opened(folder, settings, parts)
-        study = open_study(folder, settings.objectives)
-        reclaim(study)
+        study = open_study(folder, settings.objectives, patience_s=0)
+        with FileLock(folder / PROPOSAL_LOCK):
+            reclaim(study)
         enqueue(study, parts.space, dict(parts.space.family), origin="family")
         run = _Run(folder, plan, parts, study, backend, clock, progress)
         with clock.running("search"):
@@ -111,7 +127,7 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from running the study in `folder`. Raises StudyError where one does."""
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0.5):  # `is_run` holds it for a moment.
             yield
     except Timeout as error:
         raise StudyError(
@@ -119,16 +135,13 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _await_orphans(folder: Path) -> None:
-    """Wait until the workers of a killed run are gone: they end by themselves when they find their parent gone."""
-    for lock in folder.glob(WORKER_LOCK.format(slot="*")):
-        try:
-            with FileLock(lock, timeout=60):
-                pass
-        except Timeout as error:
-            raise StudyError(
-                f"a worker of an earlier run of study {folder.name!r} is still at work", hint=f"end the process that holds {lock}"
-            ) from error
+def is_run(folder: Path) -> bool:
+    """Whether a process runs the study in `folder`, on this machine or another that shares the folder."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _opened(folder: Path, settings: StudySettings, parts: Parts) -> Plan:
@@ -166,6 +179,7 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
         "slice_edges": edges,
         "space_size": float(parts.space.size()),
         "versions": _versions("lowsearch", "optuna", "torch", "onnxruntime", "onnxruntime-gpu"),
+        **({SERVER_STUDY: f"{folder.name}-{secrets.token_hex(4)}"} if settings.storage else {}),
         **parts.facts,
     }
 
@@ -251,51 +265,6 @@ class Clock:
         os.replace(temporary, self._path)
 
 
-class _Worker:
-    """A worker process as its parent sees it."""
-
-    def __init__(self, folder: Path, name: str, command: Sequence[str]) -> None:
-        self.name = name
-        self.log = folder / "logs" / f"{name.split('.')[0]}.log"
-        self.log.parent.mkdir(exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as stderr:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
-                env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")},
-            )  # fmt: skip
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.poll()
-
-    def ask_to_stop(self) -> None:
-        """Have it end the search at the next rung."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # It is dead already, and its exit code tells why.
-            self._process.stdin.write("stop\n")
-            self._process.stdin.flush()
-
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        self.close()
-
-    def close(self) -> str:
-        """Wait for its end and return what it wrote to stdout."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        said = self._process.stdout.read()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):
-                stream.close()
-        return said
-
-    def last_words(self) -> str:
-        """The last line of its log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no message"
-
-
 class _Run:
     """One run of a study, from the moment its folder is open."""
 
@@ -305,7 +274,7 @@ class _Run:
         self._folder, self._plan, self._parts, self._study, self._backend = folder, plan, parts, study, backend
         self._clock, self._progress = clock, progress
         self._files = StudyFiles(folder, plan.settings, parts, plan.reference_costs)
-        self._workers: list[_Worker] = []
+        self._crew = Crew(folder, study, backend.worker, size=plan.settings.workers)
         self._refreshed = -math.inf
         self._hypervolume = 0.0
         self._said = False
@@ -317,88 +286,42 @@ class _Run:
         if not (self._folder / "space_sample.csv").exists():
             self._files.write_sample(None)
         self._refresh(force=True)
+        set_search_open(self._study, True)
         stopping = False
         crashes = finished_at_crash = 0
         try:
             while True:
                 if not stopping and self._budget_is_spent():
                     stopping = True
-                    for worker in self._workers:
-                        worker.ask_to_stop()
-                crashed = self._collect()
+                    self._crew.ask_to_stop()
+                    set_search_open(self._study, False)
+                crashed = self._crew.collect()
                 if crashed:
                     finished = self._n_finished()
                     crashes = 1 if finished > finished_at_crash else crashes + 1
                     finished_at_crash = finished
                     if crashes >= MAX_CRASHES_IN_A_ROW:
-                        raise self._crashed(crashed[-1])
-                needed = not stopping and not self._enough()
-                if not self._workers and not needed:
+                        raise crashed_too_often(self._folder, crashed[-1])
+                self._crew.hand_back_silent()
+                needed = not stopping and not nothing_to_start(self._study, self._plan.settings.trials)
+                if not self._crew and not needed and not self._crew.left_behind() and not self._crew.others_at_work():
                     break
                 if needed:
-                    self._start_missing("search")
+                    self._crew.start_missing("search", elapsed_s=self._clock.seconds("search"))
                 self._clock.tick()
                 self._refresh()
                 time.sleep(_POLL_S)
+            set_search_open(self._study, False)
         finally:
-            self._end_workers()
+            self._crew.end()
             self._refresh(force=True)
 
     def _budget_is_spent(self) -> bool:
         budget_s = self._plan.settings.search_budget_s
         return budget_s is not None and self._clock.seconds("search") >= budget_s
 
-    def _enough(self) -> bool:
-        """Whether no worker could start anything that the study still needs."""
-        states = optuna.trial.TrialState
-        if self._study.get_trials(deepcopy=False, states=(states.WAITING,)):
-            return False
-        if is_exhausted(self._study):
-            return True
-        trials = self._plan.settings.trials
-        return trials is not None and n_proposals(self._study) >= trials
-
     def _n_finished(self) -> int:
         return sum(c.state in ("complete", "pruned") for c in candidates(self._study, self._parts.space))
-
-    def _start_missing(self, job: Literal["search", "finals"]) -> None:
-        for slot in range(self._plan.settings.workers):
-            if not any(worker.name.startswith(f"worker-{slot}.") for worker in self._workers):
-                name = f"worker-{slot}.{secrets.token_hex(4)}"
-                command = [*self._backend.worker, str(self._folder), name, job]
-                command += [f"{self._clock.seconds('search'):.3f}"] if job == "search" else []
-                self._workers.append(_Worker(self._folder, name, command))
-
-    def _collect(self) -> list[_Worker]:
-        """Take leave of ended workers; returns those that crashed, whose trials have been given back."""
-        ended = [worker for worker in self._workers if worker.exit_code is not None]
-        if not ended:
-            return []
-        self._workers = [worker for worker in self._workers if worker not in ended]
-        crashed = []
-        for worker in ended:
-            said = worker.close()
-            if worker.exit_code == USER_ERROR_EXIT:
-                raise _user_error(said, worker)
-            if worker.exit_code != 0:
-                log.warning("%s ended with code %s: %s", worker.name, worker.exit_code, worker.last_words())
-                crashed.append(worker)
-        if crashed:
-            with FileLock(self._folder / PROPOSAL_LOCK):
-                reclaim(self._study, living=[w.name for w in self._workers], crashed=[w.name for w in crashed])
-        return crashed
-
-    def _crashed(self, worker: _Worker) -> StudyError:
-        return StudyError(
-            f"workers of study {self._folder.name!r} died {MAX_CRASHES_IN_A_ROW} times in a row: {worker.last_words()}",
-            hint=f"read {worker.log}; the same command resumes",
-        )
-
-    def _end_workers(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-        self._workers = []
-        reclaim(self._study)
 
     def _refresh(self, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -474,19 +397,19 @@ class _Run:
         total = len(plan.finalists) * len(plan.seeds)
         crashes = 0
         try:
-            while (done := finalists.trainings_done(self._folder, plan)) < total or self._workers:
-                crashed = self._collect()
+            while (done := finalists.trainings_done(self._folder, plan)) < total or self._crew:
+                crashed = self._crew.collect()
                 crashes += len(crashed)
                 if crashes >= MAX_CRASHES_IN_A_ROW:
-                    raise self._crashed(crashed[-1])
+                    raise crashed_too_often(self._folder, crashed[-1])
                 if self._progress is not None:
                     self._progress(done, total, "train the front")
-                if done < total and not self._workers:
-                    self._start_missing("finals")
+                if done < total and not self._crew:
+                    self._crew.start_missing("finals")
                 self._clock.tick()
                 time.sleep(_POLL_S)
         finally:
-            self._end_workers()
+            self._crew.end()
 
     def _summary(self, found: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], measured: Measurements) -> dict[str, Any]:
         scored = [c.origin for c in found if c.state == "complete"]
@@ -518,12 +441,3 @@ class _Run:
         pairs = [(rungs[min(rungs)], rungs[1.0]) for rungs in by_rung.values() if 1.0 in rungs and min(rungs) < 1.0]
         found = agreement([low for low, _ in pairs], [full for _, full in pairs])
         return {"pairs": len(pairs), "spearman": found.spearman, "kendall": found.kendall}
-
-
-def _user_error(said: str, worker: _Worker) -> LowsearchError:
-    try:
-        values = json.loads(said.strip().splitlines()[-1])
-        kind = getattr(errors, values["kind"], StudyError)
-        return kind(values["message"], hint=values["hint"])
-    except (IndexError, ValueError, KeyError, TypeError):
-        return StudyError(f"a worker stopped: {worker.last_words()}", hint=f"read {worker.log}")

@@ -1,6 +1,6 @@
 """A worker of a study: one process, one torch thread, one network at a time. Started by `study.run`, never by hand.
 
-    python -m lowsearch.search.worker FOLDER NAME search ELAPSED_S
+    python -m lowsearch.search.worker FOLDER NAME search ELAPSED_S [STORAGE_URL]
     python -m lowsearch.search.worker FOLDER NAME finals
 
 Any byte on stdin ends the search at the next rung; the end of the stream (the parent is gone) ends the process at once. Everything it
@@ -35,6 +35,7 @@ from lowsearch.search.assembly import build_parts
 from lowsearch.search.estimates import AccuracyModel, excess
 from lowsearch.search.feasible import networks_within
 from lowsearch.search.gate import SteeringGate
+from lowsearch.search.leases import WORKER, Overtaken, is_held, kept
 from lowsearch.search.objectives import Metric
 from lowsearch.search.parts import Parts, Record, Scorer, stand_in_of
 from lowsearch.search.promotion import may_go_on
@@ -94,8 +95,18 @@ class Abandoned(BaseException):
 class SearchWorker:
     """Runs trials until the study has enough of them or is told to stop."""
 
-    def __init__(self, folder: Path, plan: Plan, parts: Parts, *, name: str, stopped: threading.Event, clock: Callable[[], float]) -> None:
-        """`clock` gives the seconds of search so far, over all runs."""
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        parts: Parts,
+        *,
+        name: str,
+        stopped: threading.Event,
+        clock: Callable[[], float],
+        url: str | None = None,
+    ) -> None:
+        """`clock` gives the seconds of search so far, over all runs; `url` is where this machine reaches the database's server."""
         self._plan, self._parts, self._name, self._stopped, self._clock = plan, parts, name, stopped, clock
         self._lock = FileLock(folder / PROPOSAL_LOCK)
         self._estimator = parts.estimator
@@ -105,7 +116,7 @@ class SearchWorker:
         self._stand_in = stand_in_of(plan.settings, parts.space)
         asked = self._objectives.metrics + tuple(limit.metric for limit in plan.settings.limits)
         self._training = parts.training() if "accuracy" in asked and self._stand_in is None and parts.training else None
-        self._study = open_study(folder, self._objectives)
+        self._study = open_study(folder, self._objectives, url=url)
         self._study.sampler = self._sampler(plan.settings.sampler)
         steered = plan.settings.sampler == "lowsearch" and self._training is not None and self._objectives.metrics[0] == "accuracy"
         self._gate = SteeringGate(folder, parts.fit) if steered else None
@@ -127,6 +138,8 @@ class SearchWorker:
                     raise
                 set_exhausted(self._study)
                 return
+            except Overtaken:
+                logger.warning("a trial was handed to another worker; what was trained of it is on record")
             finally:
                 self._lock.release(force=True)
 
@@ -165,24 +178,33 @@ class SearchWorker:
 
     def _objective(self, trial: Trial) -> tuple[float, ...]:
         try:
-            trial.set_user_attr("worker", self._name)
-            if "origin" not in trial.user_attrs:
-                trial.set_user_attr("origin", "random" if self._is_random else "proposed")
-            genome = suggest_genome(trial, self._parts.space)
-            reason = self._refusal(trial, genome)
-            self._lock.release(force=True)
-            if not reason:
-                score = self._score(self._parts.space.decode(genome), genome, family=trial.user_attrs["origin"] == "family")
-                trial.set_user_attr("score", dataclasses.asdict(score))
-                self._sign_off(trial)
-                mean = {metric: float(values[0]) for metric, values in self._estimator.estimate(genome[None]).mean.items()}
-                mean["accuracy"] = float("nan") if score.accuracy is None else score.accuracy
-                return tuple(mean[metric] for metric in self._objectives.metrics)
-            trial.set_user_attr("reason", reason)
-            self._sign_off(trial)
+            trial.set_user_attr(WORKER, self._name)
+            with kept(self._study._storage, trial._trial_id, self._name):
+                return self._judged(trial)
+        except optuna.TrialPruned:
+            raise
         except Exception as error:
             raise Abandoned from error
-        raise optuna.TrialPruned(reason)
+
+    def _judged(self, trial: Trial) -> tuple[float, ...]:
+        """The values of `trial`, trained if need be. Raises TrialPruned where it must not be."""
+        if "origin" not in trial.user_attrs:
+            trial.set_user_attr("origin", "random" if self._is_random else "proposed")
+        genome = suggest_genome(trial, self._parts.space)
+        reason = self._refusal(trial, genome)
+        self._lock.release(force=True)
+        if reason:
+            trial.set_user_attr("reason", reason)
+            self._sign_off(trial)
+            raise optuna.TrialPruned(reason)
+        score = self._score(self._parts.space.decode(genome), genome, family=trial.user_attrs["origin"] == "family")
+        if not is_held(self._study._storage, trial._trial_id, self._name):
+            raise Overtaken
+        trial.set_user_attr("score", dataclasses.asdict(score))
+        self._sign_off(trial)
+        mean = {metric: float(values[0]) for metric, values in self._estimator.estimate(genome[None]).mean.items()}
+        mean["accuracy"] = float("nan") if score.accuracy is None else score.accuracy
+        return tuple(mean[metric] for metric in self._objectives.metrics)
 
     def _sign_off(self, trial: Trial) -> None:
         trial.set_user_attr("elapsed_s", round(self._clock(), 2))
@@ -324,8 +346,9 @@ def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Par
             return 0
         start, before_s = time.monotonic(), float(arguments[3])
         worker = SearchWorker(
-            folder, plan, parts(folder, plan.settings), name=name, stopped=stopped, clock=lambda: before_s + time.monotonic() - start
-        )
+            folder, plan, parts(folder, plan.settings), name=name, stopped=stopped, clock=lambda: before_s + time.monotonic() - start,
+            url=arguments[4] if len(arguments) > 4 else None,
+        )  # fmt: skip
         worker.run()
         return 0
     except LowsearchError as error:
