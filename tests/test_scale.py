@@ -367,10 +367,22 @@ def test_a_study_that_nobody_runs_or_another_machine_holds_is_not_joined(tmp_pat
     monkeypatch.setattr("socket.gethostname", lambda: "another-machine")
     with pytest.raises(StudyError, match="is not being run; hint: start it first: lowsearch run --study study"):
         join(folder, workers=1)
+
+
+def test_a_run_that_is_making_ready_is_waited_for(tmp_path, monkeypatch):
+    """As where a study that had ended is run for longer."""
+    settings, folder = StudySettings(trials=1, workers=1), tmp_path / "study"
+    search(folder, settings)
+    (folder / studies.HOST).write_text(socket.gethostname())
+    study = open_study(folder, settings.objectives)
+    set_search_open(study, False)
+    states = iter([False, False, True, True, False])
+    heard = []
+    monkeypatch.setattr("lowsearch.search.joining.time.sleep", lambda _: set_search_open(study, next(states)))
     with studies.locked(folder):
         assert studies.is_run(folder)
-        set_search_open(open_study(folder, StudySettings().objectives), False)
-        assert join(folder, workers=1, backend=fakes.backend()) == 0
+        assert join(folder, workers=1, backend=fakes.backend(), progress=lambda *event: heard.append(event[2].split()[0])) == 0
+    assert heard == ["waiting"] * 3 + ["networks"] * 2
 
 
 # Urls and passwords

@@ -24,6 +24,7 @@ _POLL_S = 0.5
 def join(folder: Path, *, workers: int, url: str | None = None, progress: Progress | None = None, backend: Backend | None = None) -> int:
     """Train for the study in `folder` until its search is over or nobody runs it any more; returns how many networks were scored.
 
+    A run that is still making ready is waited for.
     `url`: where this machine reaches the database's server, if not where study.yaml says. Raises StudyError where the study is not being
     run, or keeps its trials in a file of another machine.
     """
@@ -36,14 +37,16 @@ def join(folder: Path, *, workers: int, url: str | None = None, progress: Progre
         )
     if not is_run(folder):
         raise StudyError(f"study {folder.name!r} is not being run", hint=f"start it first: lowsearch run --study {folder.name}")
-    study = open_study(folder, plan.settings.objectives, url=url, join=True, patience_s=0)
+    study = open_study(folder, plan.settings.objectives, url=url, join=True)
     name = f"{re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())}-{secrets.token_hex(3)}"
     crew = Crew(folder, study, backend.worker, size=workers, name=name, url=url)
     crashes = scored_at_crash = scored = 0
-    closing = False
+    began = closing = False
     try:
         while is_run(folder):
-            if not closing and not is_search_open(study):
+            if is_search_open(study):
+                began = True
+            elif began and not closing:
                 closing = True
                 crew.ask_to_stop()
             crashed = crew.collect()
@@ -57,10 +60,10 @@ def join(folder: Path, *, workers: int, url: str | None = None, progress: Progre
             crew.hand_back_silent()
             if closing and not crew:
                 break
-            if not closing and not nothing_to_start(study, plan.settings.trials):
+            if began and not closing and not nothing_to_start(study, plan.settings.trials):
                 crew.start_missing("search", elapsed_s=Clock(folder / CLOCK).seconds("search"))
             if progress is not None:
-                progress(scored, len(done), "networks scored by this machine, of all")
+                progress(scored, len(done), "networks scored here, of all" if began else "waiting for the search to begin")
             time.sleep(_POLL_S)
     finally:
         crew.end()

@@ -25,7 +25,7 @@ from sqlalchemy import event
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
-from lowsearch.search.database import PATIENCE_S, connect
+from lowsearch.search.database import connect
 from lowsearch.search.leases import WORKER
 from lowsearch.search.objectives import Objectives
 from lowsearch.search.sampler import gene_indices
@@ -62,7 +62,7 @@ def open_study(
     sampler: BaseSampler | None = None,
     url: str | None = None,
     join: bool = False,
-    patience_s: float = PATIENCE_S,
+    patience_s: float = 0.0,
 ) -> optuna.Study:
     """The Optuna study of `folder`, made where it does not exist. Raises StudyError where its database cannot be used.
 

@@ -112,7 +112,7 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
         parts = backend.parts(folder, settings)
         await_orphans(folder)
         plan = _opened(folder, settings, parts)
-        study = open_study(folder, settings.objectives, patience_s=0)
+        study = open_study(folder, settings.objectives)
         with FileLock(folder / PROPOSAL_LOCK):
             reclaim(study)
         enqueue(study, parts.space, dict(parts.space.family), origin="family")

@@ -32,6 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from lowsearch.arch import Arch
 from lowsearch.errors import LowsearchError, StudyError
 from lowsearch.search.assembly import build_parts
+from lowsearch.search.database import PATIENCE_S
 from lowsearch.search.estimates import AccuracyModel, excess
 from lowsearch.search.feasible import networks_within
 from lowsearch.search.gate import SteeringGate
@@ -116,7 +117,7 @@ class SearchWorker:
         self._stand_in = stand_in_of(plan.settings, parts.space)
         asked = self._objectives.metrics + tuple(limit.metric for limit in plan.settings.limits)
         self._training = parts.training() if "accuracy" in asked and self._stand_in is None and parts.training else None
-        self._study = open_study(folder, self._objectives, url=url)
+        self._study = open_study(folder, self._objectives, url=url, patience_s=PATIENCE_S)
         self._study.sampler = self._sampler(plan.settings.sampler)
         steered = plan.settings.sampler == "lowsearch" and self._training is not None and self._objectives.metrics[0] == "accuracy"
         self._gate = SteeringGate(folder, parts.fit) if steered else None
