@@ -320,25 +320,23 @@ def holders(folder, settings):
 def joined_and_killed(folder, settings, after_the_kill=lambda: None):
     """A run of one worker that two workers join; the joined ones are killed with their supervisor while they train."""
     slow = {"step_s": 0.4, "beat_and_lease_s": "0.5 5"}
-    run = start("run", folder, json.dumps({"trials": settings.trials, "workers": 1, "storage": settings.storage}), **slow)
+    asked = {"trials": settings.trials, "workers": 1, "sampler": settings.sampler, "storage": settings.storage}
+    run = start("run", folder, json.dumps(asked), **slow)
     wait_for(lambda: holders(folder, settings), run)
     there = start("join", folder, 2, **slow)
     wait_for(lambda: holders(folder, settings) - {""}, run, there)
     os.killpg(there.pid, signal.SIGKILL)
     there.communicate()
     after_the_kill()
-    here = start("join", folder, 1, **slow)
     _, said = ended(run)
-    scored, _ = ended(here)
     assert "handed back after the silence of their workers" in said
-    assert int(scored) > 0
     return said
 
 
 def test_workers_join_and_what_killed_ones_held_is_handed_back(tmp_path):
-    settings = StudySettings(trials=4, workers=1)
+    settings = StudySettings(trials=3, workers=1, sampler="random")
     joined_and_killed(tmp_path / "study", settings)
-    assert_nothing_lost_or_done_twice(tmp_path / "study", settings, trials=4)
+    assert_nothing_lost_or_done_twice(tmp_path / "study", settings, trials=3)
 
 
 def test_the_end_of_the_search_ends_joined_workers(tmp_path):
@@ -455,8 +453,8 @@ def no_open_connections():
 
 @needs_postgres
 def test_a_study_on_a_server_searches_as_one_in_a_file(tmp_path, server):
-    calm = essence(search(tmp_path / "file", StudySettings(trials=2, workers=1)))
-    settings = StudySettings(trials=2, workers=1, storage=server.url)
+    calm = essence(search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
+    settings = StudySettings(trials=2, workers=1, sampler="random", storage=server.url)
     folder, namesake = tmp_path / "study", tmp_path / "other" / "study"
     namesake.parent.mkdir()
     assert essence(search(folder, settings)) == calm
@@ -468,7 +466,7 @@ def test_a_study_on_a_server_searches_as_one_in_a_file(tmp_path, server):
 
 @needs_postgres
 def test_workers_survive_a_kill_and_a_restart_of_the_server(tmp_path, server):
-    settings = StudySettings(trials=4, workers=1, storage=server.url)
+    settings = StudySettings(trials=3, workers=1, sampler="random", storage=server.url)
 
     def restart():
         server.stop()
@@ -477,7 +475,7 @@ def test_workers_survive_a_kill_and_a_restart_of_the_server(tmp_path, server):
 
     said = joined_and_killed(tmp_path / "study", settings, restart)
     assert "database away, retrying" in said and "database back after" in said
-    assert_nothing_lost_or_done_twice(tmp_path / "study", settings, trials=4)
+    assert_nothing_lost_or_done_twice(tmp_path / "study", settings, trials=3)
 
 
 @needs_postgres
@@ -537,14 +535,14 @@ def test_a_search_through_the_grpc_proxy_is_the_same(tmp_path):
     pytest.importorskip("grpc", reason='grpcio is not installed: pip install "lowsearch[grpc]"')
     from optuna.storages._grpc.server import make_server
 
-    calm = essence(search(tmp_path / "file", StudySettings(trials=2, workers=1)))
+    calm = essence(search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     served = make_server(RDBStorage(f"sqlite:///{tmp_path / 'behind.db'}"), "127.0.0.1", port)
     served.start()
     try:
-        settings = StudySettings(trials=2, workers=1, storage=f"grpc://127.0.0.1:{port}")
+        settings = StudySettings(trials=2, workers=1, sampler="random", storage=f"grpc://127.0.0.1:{port}")
         assert essence(search(tmp_path / "study", settings)) == calm
         database_again = connect(settings.storage)
     finally:
