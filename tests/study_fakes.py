@@ -258,7 +258,7 @@ class Death(BaseException):
     """The process dies here."""
 
 
-def search(folder, settings):
+def search(folder, settings, name="worker-0.test"):
     """The search of one worker inside this process; returns the study's candidates."""
     folder.mkdir(exist_ok=True)
     parts = make_parts(folder, settings)
@@ -266,7 +266,7 @@ def search(folder, settings):
     study = open_study(folder, settings.objectives)
     reclaim(study)
     enqueue(study, SPACE, dict(SPACE.family), origin="family")
-    worker = workers.SearchWorker(folder, plan, parts, name="worker-0.test", stopped=threading.Event(), clock=itertools.count().__next__)
+    worker = workers.SearchWorker(folder, plan, parts, name=name, stopped=threading.Event(), clock=itertools.count().__next__)
     worker.run()
     return candidates(study, SPACE)
 

@@ -68,10 +68,10 @@ def chosen():
     return {arch.arch_id: arch for arch in archs}
 
 
-def search(folder, settings):
+def search(folder, settings, **options):
     folder.mkdir(exist_ok=True)
     enqueue(open_study(folder, settings.objectives), SPACE, chosen(), origin="proposed")
-    return fakes.search(folder, settings)
+    return fakes.search(folder, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,11 @@ def test_an_interrupted_study_decides_alike_and_measures_nothing_again(tmp_path,
 def test_nothing_is_measured_where_nothing_is_trained(tmp_path):
     search(tmp_path / "proxy", StudySettings(trials=5, workers=1, limits=LIMITS, device="doubtful", accuracy="macs"))
     assert not measured_ids(tmp_path / "proxy")
+
+
+def test_a_joined_worker_measures_nothing_as_its_machine_may_be_another(tmp_path):
+    search(tmp_path / "joined", SETTINGS, name="worker-0@elsewhere-1a2b3c.test")
+    assert not measured_ids(tmp_path / "joined")
 
 
 def test_a_whole_run_says_how_many_were_measured_and_how_many_were_over(tmp_path):

@@ -43,7 +43,7 @@ from lowsearch.search.promotion import may_go_on
 from lowsearch.search.sampler import NothingLeftError, suggest_genome
 from lowsearch.search.samplers import SAMPLERS, Task
 from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
-from lowsearch.search.storage import Candidate, candidates, n_proposals, open_study, set_exhausted
+from lowsearch.search.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
 from lowsearch.search.verification import broken_limit, is_near_limit, verify
 
 logger = logging.getLogger(__name__)
@@ -233,6 +233,8 @@ class SearchWorker:
         """Measure a network that is to be trained and whose limit is in doubt; whether that was so."""
         parts = self._parts
         if parts.verify is None or self._training is None or parts.verifications.of(genome) is not None:
+            return False
+        if crew_of(self._name):  # It joined, maybe from a machine that is not the one searched for.
             return False
         mean_ms, std_ms = (float(values[0]) for values in parts.latency.predict(genome[None]))
         if not is_near_limit(self._plan.settings.limits, mean_ms, std_ms, batch=parts.batch):
