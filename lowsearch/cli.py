@@ -34,7 +34,11 @@ DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, or a device's name such as rtx3090; `lowsearch devices` lists them.")
 ]
 RuntimeOption = Annotated[
-    str, typer.Option("--runtime", help="As onnxruntime, openvino, eager, compile or aoti; docs/measurement.md lists all.")
+    str | None,
+    typer.Option(
+        "--runtime",
+        help="As onnxruntime (a CPU's default), cudagraphs (a GPU's), openvino, eager or compile; docs/measurement.md lists all.",
+    ),
 ]
 SpaceOption = Annotated[str, typer.Option("--space", help="A shipped space (lowformer, lowformer-micro) or a YAML file.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, fp16, bf16 or int8, where the runtime and device have it.")]
@@ -157,7 +161,7 @@ def cost(network: Annotated[str, typer.Argument(help="A preset, or a network's a
 @app.command()
 def profile(
     device: DeviceOption = "cpu",
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: RuntimeOption = None,
     space: SpaceOption = "lowformer-micro",
     precision: PrecisionOption = "fp32",
     batch: BatchOption = 1,
@@ -181,7 +185,6 @@ def profile(
 ) -> None:
     """Measure a device: the latency table of a space's blocks and its calibration networks. Resumes where it stopped."""
     from lowsearch.latency.profile import profile as measure
-    from lowsearch.latency.target import resolve_target
     from lowsearch.space import SearchSpace
 
     if imported is not None:
@@ -195,7 +198,7 @@ def profile(
         raise UsageError("name the machine that is measured: its table goes by that name", hint="--device raspberry-pi-5")
     if elsewhere and quick:
         raise UsageError("--quick measures this machine; a bundle has no quick form", hint="--max-blocks 400")
-    target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
+    target = _target(device, runtime, precision=precision, batch=batch, threads=threads)
     if elsewhere:
         folder = bundle or Path("bundles") / f"{target.device}-{loaded.name}"
         _profile_elsewhere(loaded, target, folder, host, remote_python, max_blocks, seed, as_json)
@@ -333,7 +336,7 @@ def diff_tables(first: TableName, second: TableName, as_json: JsonFlag = False) 
 def compare(
     networks: Annotated[list[str], typer.Argument(help="Presets, networks of timm by name, or an arch.json; as many as you like.")],
     device: DeviceOption = "cpu",
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: RuntimeOption = None,
     resolution: Annotated[int | None, typer.Option("--resolution", min=32, help="Pixels; default: 224, and a file's own.")] = None,
     precision: PrecisionOption = "fp32",
     batch: BatchOption = 1,
@@ -345,9 +348,8 @@ def compare(
     import dataclasses
 
     from lowsearch.latency.compare import compare as measure
-    from lowsearch.latency.target import resolve_target
 
-    target = resolve_target(device, runtime, precision=precision, batch=batch, threads=threads)
+    target = _target(device, runtime, precision=precision, batch=batch, threads=threads)
     with _progress() as progress:
         rows = measure(networks, target, resolution_px=resolution, progress=progress)
     if out is not None:
@@ -380,7 +382,7 @@ def compare(
 @app.command()
 def insights(
     device: DeviceOption = "cpu",
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: RuntimeOption = None,
     claim: Annotated[list[int] | None, typer.Option("--claim", help="Only this claim, by its number; may be repeated.")] = None,
     precision: PrecisionOption = "fp32",
     threads: ThreadsOption = 1,
@@ -389,9 +391,8 @@ def insights(
     """The Beyond-MACs study on your device: the papers' claims about execution time, measured, each with a verdict and its evidence."""
     from lowsearch.insights.study import insights as measure
     from lowsearch.insights.study import insights_path
-    from lowsearch.latency.target import resolve_target
 
-    target = resolve_target(device, runtime, precision=precision, threads=threads)
+    target = _target(device, runtime, precision=precision, threads=threads)
     with _progress() as progress:
         found = measure(target, claims=claim, progress=progress)
     path = insights_path(target)
@@ -414,7 +415,7 @@ def run(
         typer.Option("--objective", help="Joined by '-': acc, latency, throughput, imagetime, memory, size, energy, macs, params."),
     ] = "acc-latency",
     device: DeviceOption = "cpu",
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: RuntimeOption = None,
     space: SpaceOption = "lowformer-micro",
     data: Annotated[
         str | None, typer.Option("--data", help="fashion-mnist-mini (default), folder:PATH, npz:PATH or torchvision:NAME.")
@@ -626,7 +627,7 @@ def explain(
     arch: Annotated[str, typer.Option("--arch", help="A preset, an arch.json, a family member's name, or an arch_id of the study.")],
     study: Annotated[str | None, typer.Option("--study", help="A study, for its networks, table and estimate of accuracy.")] = None,
     device: DeviceOption = "cpu",
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: RuntimeOption = None,
     space: Annotated[str | None, typer.Option("--space", help="The space of the changes; default: the first with the network.")] = None,
     precision: PrecisionOption = "fp32",
     batch: BatchOption = 1,
@@ -634,7 +635,6 @@ def explain(
     as_json: JsonFlag = False,
 ) -> None:
     """Where a network's time goes, and what every single change of it would do to latency, MACs, params and accuracy."""
-    from lowsearch.latency.target import resolve_target
     from lowsearch.search import knowledge
     from lowsearch.search.explain import explain as take_apart
     from lowsearch.space import SearchSpace
@@ -650,7 +650,7 @@ def explain(
         network = chosen.family[arch] if chosen is not None and arch in chosen.family else _network(arch)
         chosen = knowledge.space_of(network) if chosen is None else chosen.with_num_classes(network.num_classes)
         chosen.encode(network)
-        known = knowledge.on_target(chosen, resolve_target(device, runtime, precision=precision, batch=batch, threads=threads))
+        known = knowledge.on_target(chosen, _target(device, runtime, precision=precision, batch=batch, threads=threads))
     found = take_apart(known, network)
     if as_json:
         _print_json(found.to_dict())
@@ -919,6 +919,14 @@ def _networks_of_study(study: str, beginnings: Sequence[str]) -> tuple[dict[str,
         named = ", ".join(map(repr, beginnings))
         raise StudyError(f"study {study!r} has no network {named}", hint=f"{folder / 'front.csv'} lists the front's")
     return {key: Arch.from_dict(values["arch"]) for key, values in found.items()}, settings if isinstance(settings, dict) else {}
+
+
+def _target(device: str, runtime: str | None, **settings: Any) -> Any:
+    """The Target that a user means, with the device's usual runtime where none was named."""
+    from lowsearch.latency.table import default_runtime
+    from lowsearch.latency.target import resolve_target
+
+    return resolve_target(device, runtime or default_runtime(device), **settings)
 
 
 def _network(name: str) -> Any:

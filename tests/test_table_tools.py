@@ -13,7 +13,7 @@ from lowsearch.arch import Block, Mlp
 from lowsearch.errors import TableError
 from lowsearch.latency.memory import MemoryLatency
 from lowsearch.latency.profile import current_context
-from lowsearch.latency.table import BlockLatency, LatencyTable
+from lowsearch.latency.table import BlockLatency, LatencyTable, default_runtime
 from lowsearch.latency.table_tools import difference, merge, open_table, why_unreliable, why_unusable
 from lowsearch.latency.target import Device, Target, attached_devices, context
 from lowsearch.latency.timing import NetworkLatency, latency_ms
@@ -145,6 +145,23 @@ def test_a_table_with_many_invalid_rows_is_exit_code_1(folder: Path, capsys: pyt
     assert found["verdicts"] == {"valid": 38, "noisy": 0, "invalid": 3} and not found["usable"] and "measure again" in found["reason"]
     assert cli.invoke(["table", "show", "many/rtx3090/eager-fp32-b1-t1.jsonl"]) == 0
     assert "'invalid': 3" in capsys.readouterr().out
+
+
+def test_a_device_has_a_runtime_where_none_is_named(folder: Path) -> None:
+    gpu = Device(slug="rtx3090", kind="cuda", name="NVIDIA GeForce RTX 3090")
+    cpu = Device(slug="some-cpu", kind="cpu", name="Some CPU")
+    table = made(BLOCKS[:2])
+
+    def measured_with(*runtimes: str) -> None:
+        for runtime in runtimes:
+            dataclasses.replace(table, target=Target("absent-board", runtime)).save(folder / "latency_tables")
+
+    assert [default_runtime(name, devices=[cpu, gpu]) for name in ("cpu", "cuda", "rtx3090")] == ["onnxruntime", "cudagraphs", "cudagraphs"]
+    assert default_runtime("rtx3090", devices=[cpu]) == "onnxruntime", "nothing is known of it"
+    measured_with("torchscript", "eager")
+    assert default_runtime("absent-board", devices=[cpu]) == "eager"
+    measured_with("cudagraphs")
+    assert default_runtime("absent-board", devices=[cpu]) == "cudagraphs"
 
 
 def test_shipped_tables_are_listed_and_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

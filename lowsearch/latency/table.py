@@ -28,7 +28,7 @@ from lowsearch.errors import LowsearchError, MissingBlockError, TableError
 from lowsearch.files import write_atomically
 from lowsearch.latency.memory import MemoryLatency
 from lowsearch.latency.pace import StepKey, step_key
-from lowsearch.latency.target import Context, Target, attached_devices
+from lowsearch.latency.target import Context, Device, Target, attached_devices, resolve_device
 from lowsearch.latency.timing import STATES, NetworkLatency, Timing, Verdict, latency_ms, row_error, verdict
 
 SCHEMA = "lowsearch-latency-table"
@@ -185,6 +185,19 @@ def known_tables(*, folders: Sequence[Path] | None = None) -> dict[Target, Path]
 def shipped_tables(*, folders: Sequence[Path] | None = None) -> dict[Target, Path]:
     """Every table that came with lowsearch, by target."""
     return known_tables(folders=[folder / SHIPPED for folder in (locations.folders("latency_tables") if folders is None else folders)])
+
+
+DEFAULT_RUNTIMES = {"cpu": "onnxruntime", "cuda": "cudagraphs"}
+"""What every installation can execute on, and what comes nearest to deployment of that."""
+
+
+def default_runtime(device: str, *, devices: Sequence[Device] | None = None) -> str:
+    """The runtime of a device where the user names none: by its kind, and for one that is not attached that of a table there is."""
+    found = resolve_device(device, devices=devices)
+    if found.attached:
+        return DEFAULT_RUNTIMES[found.kind]
+    runtimes = {target.runtime for target in (*known_tables(), *shipped_tables()) if target.device == found.slug}
+    return min(runtimes, key=lambda name: (name not in DEFAULT_RUNTIMES.values(), name), default=DEFAULT_RUNTIMES["cpu"])
 
 
 def check_fits(table: LatencyTable, target: Target, here: Context) -> None:

@@ -30,7 +30,7 @@ from lowsearch.latency.energy_model import MIN_COUNTED, counted_networks, fit_en
 from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context, profile, staleness, usable_table
-from lowsearch.latency.table import LatencyTable, check_fits
+from lowsearch.latency.table import LatencyTable, check_fits, default_runtime
 from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, target_of
@@ -54,6 +54,7 @@ def resolve(settings: StudySettings) -> StudySettings:
     Raises StudyError where nothing on this machine can tell the accuracy of the space's networks.
     """
     device = resolve_device(settings.device).slug
+    settings = dataclasses.replace(settings, device=device, runtime=settings.runtime or default_runtime(device))
     space = SearchSpace.load(settings.space)
     small = min(px for px, _ in space.genes[0].choices) <= LARGEST_EMBEDDED_PX
     if settings.accuracy == "published" and small:
@@ -62,7 +63,7 @@ def resolve(settings: StudySettings) -> StudySettings:
             hint="train (leave --accuracy out), or search the 224 px class: --space lowformer --accuracy published",
         )
     if settings.stand_in:
-        return dataclasses.replace(settings, device=device)
+        return settings
     if settings.data is None and not small:
         raise StudyError(
             f"there is no accuracy signal for space {space.name!r} on this machine: its networks are too large for the embedded images",
@@ -73,7 +74,7 @@ def resolve(settings: StudySettings) -> StudySettings:
     if settings.train_device is not None:
         require_trainable(settings.train_device)
     return dataclasses.replace(
-        settings, device=device, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
+        settings, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
         train_device=settings.train_device or ("cuda" if resolve_device(device).kind == "cuda" and can_train("cuda") else "cpu"),
     )  # fmt: skip
 

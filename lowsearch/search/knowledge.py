@@ -23,7 +23,7 @@ from lowsearch.errors import NotInSpaceError, StudyError, TableError
 from lowsearch.latency.energy_model import fit_energy
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import usable_table
-from lowsearch.latency.table import LatencyTable
+from lowsearch.latency.table import LatencyTable, default_runtime
 from lowsearch.latency.target import Target, resolve_device, resolve_target
 from lowsearch.search.estimates import AccuracyModel, Estimator
 from lowsearch.search.parts import stand_in_of
@@ -66,8 +66,9 @@ class Knowledge:
 
 def target_of(settings: StudySettings) -> Target:
     """The target of a study's latencies."""
+    runtime = settings.runtime or default_runtime(settings.device)
     return resolve_target(
-        settings.device, settings.runtime, precision=settings.precision, batch=settings.batch, threads=settings.threads
+        settings.device, runtime, precision=settings.precision, batch=settings.batch, threads=settings.threads
     )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ class StudySettings:
     """Settings of one study. `device` may be an alias (`cpu`); study.yaml holds what it meant."""
 
     device: str = "cpu"
-    runtime: str = "onnxruntime"
+    runtime: str | None = None
+    """None for what the device is usually measured with."""
     precision: str = "fp32"
     batch: int = 1
     threads: int = 1
