@@ -572,7 +572,12 @@ def amount(value: float, unit: str, std: float = NAN) -> str:
 
 
 def plus_minus(std: float, digits: int) -> str:
-    return f" ± {std:.{digits}f}" if math.isfinite(std) else ""
+    """With so many digits after the point, and as many more as it takes not to read 0."""
+    if not math.isfinite(std):
+        return ""
+    if std > 0:
+        digits = max(digits, -math.floor(math.log10(2 * std)))
+    return f" ± {std:.{digits}f}"
 
 
 def _digits(value: float) -> int:
