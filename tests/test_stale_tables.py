@@ -86,6 +86,7 @@ def test_a_study_may_be_allowed_a_stale_table_when_it_is_resumed(study: Path, mo
     assert "The latency table was stale" in body(read_study(study))
 
 
+@pytest.mark.usefixtures("only_own_tables")
 def test_a_search_measures_a_machine_whose_name_has_a_shipped_table(
     study: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

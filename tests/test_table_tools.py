@@ -164,6 +164,7 @@ def test_a_device_has_a_runtime_where_none_is_named(folder: Path) -> None:
     assert default_runtime("absent-board", devices=[cpu]) == "cudagraphs"
 
 
+@pytest.mark.usefixtures("only_own_tables")
 def test_shipped_tables_are_listed_and_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cpu = attached_devices()[0]
     target = Target(cpu.slug, "onnxruntime")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
@@ -92,8 +93,9 @@ def has_database(folder: Path) -> bool:
 def _file_storage(folder: Path) -> RDBStorage:
     path = folder / DATABASE
     try:
-        _prepare_database(path)
-        storage = RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}})
+        with FileLock(folder / f".{DATABASE}.lock"):  # Two processes that make its tables at once are in each other's way.
+            _prepare_database(path)
+            storage = RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}})
     except sqlite3.DatabaseError as error:
         raise StudyError(f"{path} is damaged: {error}", hint=f"restore it, or remove {folder} and search again") from error
     event.listen(storage.engine, "connect", _without_fsync)
