@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,11 @@ def main() -> None:
         sys.exit(1)
 
 
-def prepare(home: Path) -> None:
-    """A small space and a small data set of real images, so that a training takes a second."""
+def prepare(home: Path, n_images: Mapping[str, int] = N_IMAGES) -> None:
+    """small.yaml and small.npz in `home`: a space and a data set of real images, so small that a training takes a second."""
     images = load_data("fashion-mnist-mini")
     arrays: dict[str, Any] = {}
-    for name, n in N_IMAGES.items():
+    for name, n in n_images.items():
         split = getattr(images, name)
         arrays |= {f"x_{name}": split.images[:n], f"y_{name}": split.labels[:n]}
     np.savez(home / "small.npz", **arrays)

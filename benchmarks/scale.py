@@ -28,10 +28,9 @@ from typing import Any
 
 import numpy as np
 import optuna
-import yaml
+from kill_resume import prepare
 from optuna.trial import TrialState
 
-from lowsearch.data import load_data
 from lowsearch.search.database import PASSWORD
 from lowsearch.search.leases import LEASE_S, WORKER
 from lowsearch.search.objectives import parse_objectives
@@ -61,7 +60,8 @@ def main() -> None:
     os.environ[PASSWORD] = postgres_server.PASSWORD
     with tempfile.TemporaryDirectory() as folder, postgres_server.PostgresServer() as server:
         home = Path(folder)
-        space = prepare(home)
+        prepare(home, N_IMAGES)
+        space = SearchSpace.load(home / "small.yaml").with_num_classes(10)
         lowsearch(home, "profile", "--space", "small.yaml").wait_for_success()
         alone = run_alone(home, server, arguments.alone)
         print("one worker:", json.dumps(alone), flush=True)
@@ -80,22 +80,6 @@ def main() -> None:
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{'passed' if result['passed'] else 'FAILED'}; written: {RESULTS}")
     sys.exit(not result["passed"])
-
-
-def prepare(home: Path) -> SearchSpace:
-    """A small space and a small data set of real images, so that a training takes a second."""
-    images = load_data("fashion-mnist-mini")
-    arrays: dict[str, Any] = {}
-    for name, n in N_IMAGES.items():
-        split = getattr(images, name)
-        arrays |= {f"x_{name}": split.images[:n], f"y_{name}": split.labels[:n]}
-    np.savez(home / "small.npz", **arrays)
-    values = yaml.safe_load(SearchSpace.load("lowformer-micro").text)
-    values["name"] = "small"
-    values["input"] = values["input"][:1]
-    values["family"] = {name: arch for name, arch in values["family"].items() if name.endswith("-s")}
-    (home / "small.yaml").write_text(yaml.safe_dump(values))
-    return SearchSpace.load(home / "small.yaml").with_num_classes(10)
 
 
 class Process:

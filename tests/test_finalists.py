@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import study_fakes as fakes
 
 from lowsearch.arch import Arch
 from lowsearch.search import pareto
@@ -29,12 +28,6 @@ from lowsearch.search.objectives import parse_limits
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.shortlist import MAX_SHORTLISTED, Measurement, Measurements, measure, shortlist, write_shortlist
 from lowsearch.search.storage import Candidate
-
-_spec = importlib.util.spec_from_file_location("study_fakes", Path(__file__).with_name("study_fakes.py"))
-assert _spec and _spec.loader
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules["study_fakes"] = fakes
-_spec.loader.exec_module(fakes)
 
 SPACE = fakes.SPACE
 SETTINGS = StudySettings(workers=1)

@@ -34,7 +34,6 @@ from lowsearch.search.joining import join
 from lowsearch.search.leases import Watch
 from lowsearch.search.settings import StudySettings, check_resumable
 from lowsearch.search.storage import candidates, crew_of, enqueue, open_study, reclaim, set_search_open
-from lowsearch.search.worker import SearchWorker
 
 
 def _load(name):
@@ -51,18 +50,6 @@ SPACE = fakes.SPACE
 N_FAMILY = len(SPACE.family)
 NO_SERVER = postgres_server.missing()
 needs_postgres = pytest.mark.skipif(bool(NO_SERVER), reason=NO_SERVER)
-
-
-def search(folder, settings, *, name="worker-0.test"):
-    """The search of one worker inside this process; returns the study's candidates."""
-    folder.mkdir(exist_ok=True)
-    parts = fakes.make_parts(folder, settings)
-    plan = studies._opened(folder, settings, parts)
-    study = open_study(folder, settings.objectives)
-    reclaim(study)
-    enqueue(study, SPACE, dict(SPACE.family), origin="family")
-    SearchWorker(folder, plan, parts, name=name, stopped=threading.Event(), clock=itertools.count().__next__).run()
-    return candidates(study, SPACE)
 
 
 def essence(found):
@@ -169,7 +156,7 @@ def test_trials_of_other_crews_are_handed_back_only_when_they_are_silent(tmp_pat
 
 def test_who_was_overtaken_leaves_the_trial_and_nothing_is_trained_twice(tmp_path, monkeypatch):
     settings = StudySettings(trials=2, workers=1, sampler="random")
-    undisturbed = essence(search(tmp_path / "calm", settings))
+    undisturbed = essence(fakes.search(tmp_path / "calm", settings))
     folder = tmp_path / "study"
     train, calls = fakes.FakeTraining.run, itertools.count()
 
@@ -182,7 +169,7 @@ def test_who_was_overtaken_leaves_the_trial_and_nothing_is_trained_twice(tmp_pat
         return record
 
     monkeypatch.setattr(fakes.FakeTraining, "run", overtaken)
-    assert essence(search(folder, settings)) == undisturbed
+    assert essence(fakes.search(folder, settings)) == undisturbed
     assert next(calls) > 5
     assert_nothing_lost_or_done_twice(folder, settings, trials=2)
 
@@ -259,7 +246,7 @@ class Flaky:
 @pytest.mark.parametrize("after", [False, True], ids=["question lost", "answer lost"])
 def test_a_search_on_a_database_that_fails_again_and_again_loses_nothing(tmp_path, monkeypatch, after):
     settings = StudySettings(trials=4, workers=1, sampler="random")
-    undisturbed = essence(search(tmp_path / "calm", settings))
+    undisturbed = essence(fakes.search(tmp_path / "calm", settings))
     folder = tmp_path / "study"
 
     def flaky(path):
@@ -267,7 +254,7 @@ def test_a_search_on_a_database_that_fails_again_and_again_loses_nothing(tmp_pat
         return PatientStorage(Flaky(inner, 7, after), Patience("db", sleep=lambda _: None))
 
     monkeypatch.setattr("lowsearch.search.storage._file_storage", flaky)
-    found = search(folder, settings)
+    found = fakes.search(folder, settings)
     if not after:
         assert essence(found) == undisturbed
         return
@@ -275,7 +262,7 @@ def test_a_search_on_a_database_that_fails_again_and_again_loses_nothing(tmp_pat
     for _ in range(20):
         if not open_study(folder, settings.objectives).get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
             break
-        found = search(folder, settings)
+        found = fakes.search(folder, settings)
     scored = [c for c in found if c.state == "complete"]
     assert len({c.genome.tobytes() for c in scored}) == len(scored) >= N_FAMILY + 4
     assert {c.state for c in found} <= {"complete", "pruned"}
@@ -358,7 +345,7 @@ def test_a_study_that_nobody_runs_or_another_machine_holds_is_not_joined(tmp_pat
     with pytest.raises(StudyError, match="holds no study.yaml"):
         join(tmp_path, workers=1)
     folder = tmp_path / "study"
-    search(folder, StudySettings(trials=1, workers=1))
+    fakes.search(folder, StudySettings(trials=1, workers=1))
     (folder / studies.HOST).write_text("another-machine\n")
     with pytest.raises(StudyError, match=r"of one machine \(another-machine\) may share; hint: start a study with --storage"):
         join(folder, workers=1)
@@ -370,7 +357,7 @@ def test_a_study_that_nobody_runs_or_another_machine_holds_is_not_joined(tmp_pat
 def test_a_run_that_is_making_ready_is_waited_for(tmp_path, monkeypatch):
     """As where a study that had ended is run for longer."""
     settings, folder = StudySettings(trials=1, workers=1), tmp_path / "study"
-    search(folder, settings)
+    fakes.search(folder, settings)
     (folder / studies.HOST).write_text(socket.gethostname())
     study = open_study(folder, settings.objectives)
     set_search_open(study, False)
@@ -453,13 +440,13 @@ def no_open_connections():
 
 @needs_postgres
 def test_a_study_on_a_server_searches_as_one_in_a_file(tmp_path, server):
-    calm = essence(search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
+    calm = essence(fakes.search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
     settings = StudySettings(trials=2, workers=1, sampler="random", storage=server.url)
     folder, namesake = tmp_path / "study", tmp_path / "other" / "study"
     namesake.parent.mkdir()
-    assert essence(search(folder, settings)) == calm
+    assert essence(fakes.search(folder, settings)) == calm
     assert not (folder / "study.db").exists()
-    assert essence(search(namesake, settings)) == calm  # It shares the server, and no trial.
+    assert essence(fakes.search(namesake, settings)) == calm  # It shares the server, and no trial.
     assert postgres_server.PASSWORD not in (folder / "study.yaml").read_text()
     assert merging.has_database(folder)
 
@@ -510,7 +497,7 @@ def test_the_driver_finds_the_password_where_libpq_does(monkeypatch, server):
 def test_joining_at_the_wrong_database_makes_no_study_there(tmp_path, server):
     settings = StudySettings(trials=1, workers=1, storage=server.url)
     folder = tmp_path / "study"
-    search(folder, settings)
+    fakes.search(folder, settings)
     values = yaml.safe_load((folder / "study.yaml").read_text())
     assert values["optuna_study"].startswith("study-")
     studies.write_study_file(folder, values | {"optuna_study": "another"})
@@ -535,7 +522,7 @@ def test_a_search_through_the_grpc_proxy_is_the_same(tmp_path):
     pytest.importorskip("grpc", reason='grpcio is not installed: pip install "lowsearch[grpc]"')
     from optuna.storages._grpc.server import make_server
 
-    calm = essence(search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
+    calm = essence(fakes.search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -543,7 +530,7 @@ def test_a_search_through_the_grpc_proxy_is_the_same(tmp_path):
     served.start()
     try:
         settings = StudySettings(trials=2, workers=1, sampler="random", storage=f"grpc://127.0.0.1:{port}")
-        assert essence(search(tmp_path / "study", settings)) == calm
+        assert essence(fakes.search(tmp_path / "study", settings)) == calm
         database_again = connect(settings.storage)
     finally:
         served.stop(0).wait()

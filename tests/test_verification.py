@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import pytest
+import study_fakes as fakes
 
 from lowsearch.errors import StudyError
 from lowsearch.latency.target import Device
@@ -34,12 +32,6 @@ from lowsearch.search.verification import (
     is_near_limit,
     verify,
 )
-
-_spec = importlib.util.spec_from_file_location("study_fakes", Path(__file__).with_name("study_fakes.py"))
-assert _spec and _spec.loader
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules["study_fakes"] = fakes
-_spec.loader.exec_module(fakes)
 
 SPACE = fakes.SPACE
 LIMIT_MS = 0.2

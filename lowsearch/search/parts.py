@@ -17,7 +17,7 @@ from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
 from lowsearch.search.estimates import AccuracyModel, EnergyPredictor, Estimator, LatencyModel
 from lowsearch.search.settings import StudySettings
-from lowsearch.search.verification import Verifications, VerifiedLatency
+from lowsearch.search.verification import Measured, Verifications, VerifiedLatency
 from lowsearch.space import SearchSpace
 
 Progress = Callable[[int, int, str], None]
@@ -86,17 +86,6 @@ class Share(Protocol):
     def ms(self) -> float: ...
     @property
     def source(self) -> str: ...
-
-
-class Measured(Protocol):
-    """A measured network; `latency.NetworkLatency` is one."""
-
-    @property
-    def latency_ms(self) -> float: ...
-    @property
-    def latency_std_ms(self) -> float: ...
-    @property
-    def samples_ms(self) -> Sequence[Sequence[float]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ _MEDIAN_STD = math.sqrt(math.pi / 2)
 """Standard error of a median over that of a mean."""
 
 
-class Timed(Protocol):
+class Measured(Protocol):
     """A measured network; `latency.NetworkLatency` is one."""
 
     @property
@@ -159,7 +159,7 @@ def verify(
     predicted: tuple[float, float],
     *,
     anchors: Sequence[tuple[Arch, float]],
-    measure: Callable[[Sequence[Arch]], Sequence[Timed]],
+    measure: Callable[[Sequence[Arch]], Sequence[Measured]],
 ) -> Verification:
     """Measure `arch` and the N_ANCHORS of `anchors` (network and its latency_ms in the table) that are nearest to its size.
 
