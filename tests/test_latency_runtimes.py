@@ -23,7 +23,7 @@ from lowsearch.errors import DeviceError, ParityError
 from lowsearch.latency import onnx_runtimes, torch_runtimes, worker
 from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import MemoryRead
-from lowsearch.latency.onnx_runtimes import OnnxRuntime, OnnxTensorRt, TensorRtRuntime
+from lowsearch.latency.onnx_runtimes import OnnxRuntime, OnnxTensorRt, OpenVinoRuntime, TensorRtRuntime
 from lowsearch.latency.runtimes import RUNTIMES, TOLERANCE, Program, Runtime, check_parity, check_supported, reference, runtime
 from lowsearch.latency.target import Target, attached_devices
 from lowsearch.latency.timers import CpuTimer, WallTimer
@@ -275,6 +275,17 @@ def test_openvino_keeps_to_fp32_where_the_processor_could_round() -> None:
     program = runtime("openvino").prepare(module, x, precision="fp32", device=CPU)
     assert check_parity(program, reference(module, x), precision="fp32", what="block") < 1e-5
     assert runtime("openvino").options(Target("amd-epyc-9654", "openvino"), "cpu")["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if isinstance(b, ConvBranch | Downsampler)], ids=lambda b: b.kind)
+def test_openvino_transposes_nothing_at_the_edges_of_a_block(block: Block) -> None:
+    """It keeps tensors channels-last between layers. Changing layouts at an edge can take longer than the block, and is in no network."""
+    pytest.importorskip("openvino")
+    module, x = prepared(block)
+    model = OpenVinoRuntime().prepare(module, x, precision="fp32", device=CPU).compiled.get_runtime_model()
+    operators = [node.get_rt_info()["layerType"].astype(str) for node in model.get_ordered_ops()]
+    assert "Convolution" in operators and "Transpose" not in operators
+    assert list(model.input(0).shape) == [2, block.resolution_px, block.resolution_px, input_channels(block)]
 
 
 # CUDA devices, played by this CPU -----------------------------------------------------------------------------------------
