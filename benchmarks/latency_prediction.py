@@ -9,8 +9,8 @@ difference between two of them, and says how much of an error is the measurement
 more beside the held-out ones: a shared machine is faster or slower by some percent than when its table was made, and their median ratio,
 the pace, is divided out of what was measured. Errors without that are printed too.
 
-The learning curve fits the same predictor, and a regression that knows no table, on 5 to 50 of the measured networks and judges both on
-the others. Writes benchmarks/results/latency_prediction-<space>-<runtime>.json with every network.
+The learning curve fits the same predictor, and a ridge regression and boosted trees that know no table, on 5 to 50 of the measured networks
+and judges all on the others. Writes benchmarks/results/latency_prediction-<space>-<runtime>.json with every network.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
+from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -43,7 +44,19 @@ from lowsearch.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING = (5, 10, 20, 50)
-GOALS = {"lowformer": {"mape": 0.04, "within_10": 0.97, "spearman": 0.98}, "lowformer-micro": {"mape": 0.06}}
+_TABLE_LESS: dict[str, Callable[[], Any]] = {
+    "without_table": lambda: make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 3, 13))),
+    "boosting": lambda: GradientBoostingRegressor(subsample=0.8, random_state=0),
+}
+"""Regressions of log latency on `_features`."""
+_STEADY = {"mape": 0.025, "within_5": 0.9, "within_10": 0.99, "spearman": 0.99}
+_TORCH = {"mape": 0.045, "within_10": 0.95}
+GOALS = {
+    "lowformer": {"onnxruntime": _STEADY, "openvino": _STEADY, "eager": _TORCH, "torchscript": _TORCH, "compile": _TORCH},
+    "lowformer-micro": {"onnxruntime": {"mape": 0.04, "spearman": 0.985}},
+}
+_OF_FLOOR = 0.8
+"""No predictor is asked to be nearer to a measurement than this share of what two processes differ by."""
 
 
 def main() -> None:
@@ -81,7 +94,9 @@ def main() -> None:
 
     result = judge(space, table, rows, pace=pace(table, space, anchors))
     result["learning_curve"] = learning_curve(space, table, rows, seed=arguments.seed)
-    goals = GOALS.get(space.name, {}) if device.kind == "cpu" else {}
+    goals = dict(GOALS.get(space.name, {}).get(target.runtime, {})) if device.kind == "cpu" else {}
+    if goals:
+        goals["mape"] = max(goals["mape"], _OF_FLOOR * result["noise_floor"]["mape"])
     met = {name: bool(_better(name, result["methods"]["ours"][name], goal)) for name, goal in goals.items()}
     print_table(space, target, result, goals, met)
     networks, again = (
@@ -153,13 +168,13 @@ def judge(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency
 
 
 def learning_curve(space: SearchSpace, table: LatencyTable, rows: Sequence[NetworkLatency], *, seed: int) -> list[dict[str, float]]:
-    """MAPE of the predictor and of a regression without a table, each fitted on n of `rows` and judged on the others; means of 5 draws."""
+    """MAPE of the predictor and of regressions without a table, each fitted on n of `rows` and judged on the others; means of 5 draws."""
     rng = np.random.default_rng(seed)
     measured_ms = np.array([row.latency_ms for row in rows])
     features = np.array([_features(space, row.arch) for row in rows])
     curve = []
     for n in (n for n in LEARNING if n <= len(rows) // 2):
-        ours, without = [], []
+        ours, without = [], {name: [] for name in _TABLE_LESS}
         for _ in range(5):
             known = np.zeros(len(rows), dtype=bool)
             known[rng.choice(len(rows), n, replace=False)] = True
@@ -167,9 +182,10 @@ def learning_curve(space: SearchSpace, table: LatencyTable, rows: Sequence[Netwo
             fitted = LatencyPredictor(space, dataclasses.replace(table, calibration={space.name: chosen}))
             rest = [row.arch for row, use in zip(rows, known, strict=True) if not use]
             ours.append(np.abs(fitted.predict_archs(rest)[0] / measured_ms[~known] - 1).mean())
-            plain = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 3, 13))).fit(features[known], np.log(measured_ms[known]))
-            without.append(np.abs(np.exp(plain.predict(features[~known])) / measured_ms[~known] - 1).mean())
-        curve.append({"n": n, "ours": float(np.mean(ours)), "without_table": float(np.mean(without))})
+            for name, make in _TABLE_LESS.items():
+                model = make().fit(features[known], np.log(measured_ms[known]))
+                without[name].append(np.abs(np.exp(model.predict(features[~known])) / measured_ms[~known] - 1).mean())
+        curve.append({"n": n, "ours": float(np.mean(ours)), **{name: float(np.mean(errors)) for name, errors in without.items()}})
     return curve
 
 
@@ -232,9 +248,12 @@ def print_table(space: SearchSpace, target: object, result: dict[str, Any], goal
         f"{result['within_90_percent_interval']:.0%} within the 90 % interval"
     )
     for row in result["learning_curve"]:
-        print(f"{row['n']:3d} calibration networks: MAPE {row['ours']:.1%}; without a table {row['without_table']:.1%}")
+        print(
+            f"{row['n']:3d} calibration networks: MAPE {row['ours']:.1%}; without a table {row['without_table']:.1%}, "
+            f"boosted trees {row['boosting']:.1%}"
+        )
     for name, goal in goals.items():
-        print(f"goal {name} {goal}: {'met' if met[name] else 'missed'}")
+        print(f"goal {name} {goal:.3g}: {'met' if met[name] else 'missed'}")
 
 
 def _network(values: dict[str, Any]) -> NetworkLatency:
