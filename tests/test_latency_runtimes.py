@@ -20,7 +20,7 @@ from torch import nn
 
 from lowsearch.arch import Arch, Attention, Block, ConvBranch, Downsampler, Head, Lowtention, Mlp, Stage, Stem, StemConv, input_channels
 from lowsearch.errors import DeviceError, ParityError
-from lowsearch.latency import onnx_runtimes, torch_runtimes, worker
+from lowsearch.latency import executorch_runtime, onnx_runtimes, torch_runtimes, worker
 from lowsearch.latency.measure import Effort, Request
 from lowsearch.latency.memory import MemoryRead
 from lowsearch.latency.onnx_runtimes import OnnxRuntime, OnnxTensorRt, OpenVinoRuntime, TensorRtRuntime
@@ -52,7 +52,8 @@ NETWORK = Arch(
 CPU = torch.device("cpu")
 INSTALLED = [name for name, one in RUNTIMES.items() if "cpu" in one.precisions and find_spec(one.package)]
 FAST = [name for name in INSTALLED if RUNTIMES[name].max_blocks == ALL_BLOCKS]
-COMPILED = [name for name in INSTALLED if name not in FAST]
+SLOW = [name for name in INSTALLED if name not in FAST]
+COMPILED = [name for name in SLOW if isinstance(RUNTIMES[name], torch_runtimes.TorchRuntime)]
 REDUCED = [(name, precision) for name in INSTALLED for precision in RUNTIMES[name].precisions["cpu"] if precision != "fp32"]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 BENCH = Bench(CPU, CpuTimer(flush_bytes=1 << 16))
@@ -83,7 +84,7 @@ def test_every_runtime_computes_what_torch_does(name: str, block: Block) -> None
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [pytest.param(*one, marks=[pytest.mark.slow, needs_compiler] if one[0] in COMPILED else []) for one in REDUCED],
+    [pytest.param(*one, marks=[pytest.mark.slow, needs_compiler] if one[0] in SLOW else []) for one in REDUCED],
 )
 def test_fewer_bits_compute_nearly_what_torch_does_and_not_the_same(name: str, precision: str) -> None:
     """A difference of nothing would mean that the runtime computed in fp32 in spite of what its table says."""
@@ -99,7 +100,7 @@ def test_a_compiled_block_computes_what_torch_does() -> None:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", SLOW)
 def test_compiled_blocks_compute_what_torch_does(name: str) -> None:
     for block in BLOCKS:
         assert difference(name, block) < 1e-5
@@ -262,10 +263,11 @@ def test_what_cannot_be_measured_honestly_is_refused() -> None:
     check_supported(Target("rtx3090", "eager", "fp16"), "cuda")
 
 
-def test_a_runtime_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RUNTIMES["openvino"], "package", "no_such_package")
-    with pytest.raises(DeviceError, match=r"openvino is not installed.*pip install 'lowsearch\[openvino\]'"):
-        check_supported(Target("amd-epyc-9654", "openvino"), "cpu")
+@pytest.mark.parametrize("name", ["openvino", "executorch"])
+def test_a_runtime_that_is_not_installed_is_refused_with_the_command_that_installs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RUNTIMES[name], "package", "no_such_package")
+    with pytest.raises(DeviceError, match=rf"{name} is not installed.*pip install 'lowsearch\[{name}\]'"):
+        check_supported(Target("amd-epyc-9654", name), "cpu")
 
 
 def test_openvino_keeps_to_fp32_where_the_processor_could_round() -> None:
@@ -286,6 +288,54 @@ def test_openvino_transposes_nothing_at_the_edges_of_a_block(block: Block) -> No
     operators = [node.get_rt_info()["layerType"].astype(str) for node in model.get_ordered_ops()]
     assert "Convolution" in operators and "Transpose" not in operators
     assert list(model.input(0).shape) == [2, block.resolution_px, block.resolution_px, input_channels(block)]
+
+
+def test_executorch_computes_what_torch_does_of_the_input_where_it_lies() -> None:
+    pytest.importorskip("executorch")
+    module, x = prepared(BLOCKS[7])  # Softmax and norms beside what the delegate takes.
+    program = runtime("executorch").prepare(module, x, precision="fp32", device=CPU)
+    for _ in range(2):  # The second call finds what the first left in planned memory.
+        assert check_parity(program, reference(module, x), precision="fp32", what="block") < 1e-5
+    x.mul_(2)
+    assert check_parity(program, reference(module, x), precision="fp32", what="block") < 1e-5
+    assert executorch_runtime._library()._threadpool_get_thread_count() == 1
+
+
+class FakeExecuTorch:
+    """ExecuTorch's library on a machine with four cores. It notes in what order it is used."""
+
+    def __init__(self, threads: int = 4) -> None:
+        self.threads, self.said = threads, list[str]()
+
+    def _threadpool_get_thread_count(self) -> int:
+        return self.threads
+
+    def _unsafe_reset_threadpool(self, threads: int) -> None:
+        self.threads = threads
+        self.said.append(f"{threads} threads")
+
+    def _load_program_from_buffer(self, program: bytes) -> Any:
+        self.said.append(f"load {program.decode()}")
+        return SimpleNamespace(load_method=lambda name: SimpleNamespace(set_inputs=lambda inputs: self.said.append(f"{name} on {inputs}")))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_executorch_has_its_threads_before_a_program_is_loaded(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XNNPACK keeps the pool that it finds then; another one later would leave it with memory that was freed."""
+    library = FakeExecuTorch()
+    monkeypatch.setattr(executorch_runtime, "_library", lambda: library)
+    monkeypatch.setattr(executorch_runtime, "_lowered", lambda *_, **__: b"program")
+    x = torch.zeros(1)
+    for _ in range(2):
+        runtime("executorch").prepare(nn.Identity(), x, precision="fp32", device=CPU, threads=threads)
+    assert library.said == [f"{threads} threads", *["load program", f"forward on {[x]}"] * 2]
+
+
+def test_executorch_that_does_not_load_beside_this_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executorch_runtime.metadata, "version", lambda name: "0.1")
+    monkeypatch.setitem(sys.modules, "executorch.extension.pybindings.portable_lib", None)
+    with pytest.raises(DeviceError, match="executorch 0.1 does not load beside torch.*pip install --upgrade executorch"):
+        runtime("executorch").prepare(*prepared(BLOCKS[0]), precision="fp32", device=CPU)
 
 
 # CUDA devices, played by this CPU -----------------------------------------------------------------------------------------

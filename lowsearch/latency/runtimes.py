@@ -1,5 +1,5 @@
-"""What executes a network while it is timed: one class per runtime behind the protocol `Runtime`, in torch_runtimes.py and
-onnx_runtimes.py. To add one, write a class and list it in `RUNTIMES`; nothing else knows their names.
+"""What executes a network while it is timed: one class per runtime behind the protocol `Runtime`, in torch_runtimes.py,
+onnx_runtimes.py and executorch_runtime.py. To add one, write a class and list it in `RUNTIMES`; nothing else knows their names.
 
 A runtime prepares a module once into a `Program`, which runs on an input that is already in place: what is timed is the forward
 pass, without copies from or to the caller. Before any time is believed, `check_parity` compares the program's output with torch's.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowsearch.errors import DeviceError, ParityError
+from lowsearch.latency.executorch_runtime import ExecuTorchRuntime
 from lowsearch.latency.onnx_runtimes import OnnxRuntime, OnnxTensorRt, OpenVinoRuntime, TensorRtRuntime
 from lowsearch.latency.target import DeviceKind, Target
 from lowsearch.latency.torch_runtimes import AotInductorRuntime, CompileRuntime, CudaGraphsRuntime, EagerRuntime, TorchScriptRuntime
@@ -65,7 +66,7 @@ RUNTIMES: dict[str, Runtime] = {
     one.name: one
     for one in (
         OnnxRuntime(), OpenVinoRuntime(), *(make() for make in _TORCH), *(make("channels-last") for make in _TORCH), OnnxTensorRt(),
-        TensorRtRuntime(),
+        TensorRtRuntime(), ExecuTorchRuntime(),
     )
 }  # fmt: skip
 
