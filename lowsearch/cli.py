@@ -172,6 +172,9 @@ def profile(
     quick: Annotated[
         bool, typer.Option("--quick", help="Measure fewer blocks and networks; the same command without it adds them.")
     ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Do not lean on this machine's table of another batch: measure all blocks at this one.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Measure nothing here: write this folder, to be run on a machine called --device.")
@@ -204,10 +207,17 @@ def profile(
         _profile_elsewhere(loaded, target, folder, host, remote_python, max_blocks, seed, as_json)
         return
     with _progress() as progress:
-        result = measure(loaded, target, max_blocks=max_blocks, seed=seed, quick=quick, progress=progress)
+        result = measure(loaded, target, max_blocks=max_blocks, seed=seed, quick=quick, alone=alone, progress=progress)
     _print_profile(loaded, result, as_json)
     if quick:
-        _tell(f"the same command without --quick adds more blocks and networks: {target.profile_command} --space {space}")
+        more = "blocks and networks" if result.sibling is None else "networks"
+        _tell(f"the same command without --quick adds more {more}: {target.profile_command} --space {space}")
+    missing = sum(block not in result.entries for block in loaded.blocks)
+    if result.sibling is not None and missing:
+        _tell(
+            f"{missing:,} of {len(loaded.blocks):,} blocks are predicted from what they take at batch {result.sibling.batch} (table of "
+            f"{result.sibling.date_utc}); the same command with --alone measures them: {target.profile_command} --space {space} --alone"
+        )
 
 
 def _profile_elsewhere(

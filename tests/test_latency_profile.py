@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,11 @@ from lowsearch.latency.profile import (
     NETWORK_EFFORT,
     QUICK_BLOCKS,
     QUICK_NETWORKS,
+    SIBLING_BLOCKS,
     choose_blocks,
     choose_networks,
+    current_context,
+    find_sibling,
     profile,
     staleness,
     usable_table,
@@ -34,7 +39,7 @@ from lowsearch.latency.runtimes import runtime
 from lowsearch.latency.table import LatencyTable, find_table
 from lowsearch.latency.target import Device, Target, attached_devices
 from lowsearch.latency.timers import CudaTimer
-from lowsearch.latency.timing import Item, Timing
+from lowsearch.latency.timing import STATES, Item, Timing
 from lowsearch.latency.worker import Bench, serve
 from lowsearch.space import SearchSpace
 
@@ -222,6 +227,142 @@ def test_a_quick_table_predicts_and_a_full_profile_extends_it(tmp_path: Path) ->
     assert not set(measured) & {*table.entries, *(row.arch for row in table.calibration[MICRO.name])}, "nothing was measured twice"
     added = [row.latency_ms for row in full.calibration[MICRO.name][QUICK_NETWORKS:]]
     assert min(added) < min(true_ms) and max(added) > np.median(true_ms), "the added networks reach over all sizes as well"
+
+
+# Leaning on another batch ------------------------------------------------------------------------------------------------
+
+EIGHT = dataclasses.replace(TARGET, batch=8)
+
+
+def at_batch_8(request: Request) -> Iterator[Timing]:
+    """A device on which large blocks gain most from a batch."""
+
+    def ms(block: Block) -> float:
+        return round(8 * block_ms(block) ** 1.1, 5)
+
+    for step in request.steps:
+        for item in step:
+            if isinstance(item, Block):
+                yield Timing(item=item, process=request.process, **{f"{s}_ms": ((i + 1) * ms(item),) * 2 for i, s in enumerate(STATES)})
+            elif isinstance(item, Arch):
+                yield Timing(item=item, process=request.process, hot_ms=(sum(map(ms, item.blocks())),) * 2)
+            else:
+                yield exact(item, request.process)
+
+
+def eight(folder: Path, launch=at_batch_8, **options: Any) -> LatencyTable:
+    return profile(MICRO, EIGHT, folder=folder, devices=[CPU], launch=launch, **{"n_calibration": N_NETWORKS, **options})
+
+
+@pytest.fixture(scope="module")
+def batch_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole table of MICRO at batch 1."""
+    folder = tmp_path_factory.mktemp("batch_1")
+    quick(folder, space=MICRO)
+    return folder
+
+
+@pytest.fixture
+def known(batch_1: Path, tmp_path: Path) -> Path:
+    shutil.copytree(batch_1, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_second_batch_is_measured_in_part_and_leans_on_the_first(known: Path) -> None:
+    table = eight(known)
+    assert len(table.entries) == SIBLING_BLOCKS and table.sibling is not None and table.sibling.batch == 1
+    assert table.sibling.sha256 == hashlib.sha256((known / TARGET.table_path).read_bytes()).hexdigest()
+    loaded = LatencyTable.load(known / EIGHT.table_path)
+    assert set(table.sibling.entries) == set(MICRO.blocks) and (loaded.entries, loaded.sibling) == (table.entries, table.sibling)
+    predictor = LatencyPredictor(MICRO, table)
+    genomes = MICRO.sample(50, rng=np.random.default_rng(1))
+    true_ms = np.array([sum(8 * block_ms(block) ** 1.1 for block in MICRO.decode(genome).blocks()) for genome in genomes])
+    assert np.max(np.abs(predictor.predict(genomes)[0] / true_ms - 1)) < 0.02
+    shares = predictor.explain(MICRO.decode(genomes[0]))
+    assert {share.source for share in shares} == {"measured", "predicted"}
+
+    again = eight(known, launch=lambda request: pytest.fail(f"measured again: {request.steps}"))
+    assert (again.entries, again.sibling) == (table.entries, table.sibling)
+
+
+def test_alone_every_block_is_measured_and_nothing_leaned_on(known: Path) -> None:
+    leaning = eight(known)
+    table = eight(known, alone=True)
+    assert set(table.entries) == set(MICRO.blocks) and table.sibling is None and table.entries.items() >= leaning.entries.items()
+    assert eight(known, launch=lambda request: pytest.fail("measured again")).sibling is None, "nothing is left to lean"
+
+
+def test_a_table_that_was_begun_by_itself_goes_on_so(known: Path) -> None:
+    first = eight(known, alone=True, quick=True)
+    assert len(first.entries) == QUICK_BLOCKS
+    assert set(eight(known).entries) == set(MICRO.blocks)
+
+
+def test_a_killed_profile_that_leans_goes_on(known: Path, one_by_one: None) -> None:
+    del one_by_one
+    whole = eight(known)
+    (known / EIGHT.table_path).unlink()
+    served = 0
+
+    def dying(request: Request) -> Iterator[Timing]:
+        nonlocal served
+        for timing in at_batch_8(request):
+            served += 1
+            if served > 150:
+                raise Killed
+            yield timing
+
+    with pytest.raises(Killed):
+        eight(known, launch=dying)
+    table = eight(known)
+    assert (table.entries, table.sibling) == (whole.entries, whole.sibling)
+    assert set(table.calibration[MICRO.name]) == set(whole.calibration[MICRO.name])
+
+
+@pytest.mark.parametrize("why", ["versions", "runtime", "threads", "few", "damaged", "shipped"])
+def test_only_a_table_of_the_same_machine_and_all_but_the_batch_is_leaned_on(known: Path, why: str) -> None:
+    path = known / TARGET.table_path
+    table = LatencyTable.load(path)
+    if why == "versions":
+        dataclasses.replace(table, context=dataclasses.replace(table.context, versions={"onnxruntime": "0.1"})).save(known)
+    elif why == "few":
+        dataclasses.replace(table, entries={b: table.entries[b] for b in MICRO.blocks[: SIBLING_BLOCKS - 1]}).save(known)
+    elif why == "damaged":
+        path.write_text("{")
+    elif why == "shipped":
+        (known / "shipped" / path.parent.name).mkdir(parents=True)
+        path.rename(known / "shipped" / path.parent.name / path.name)
+    else:
+        path.unlink()
+        other = dataclasses.replace(TARGET, **{"runtime": {"runtime": "eager"}, "threads": {"threads": 2}}[why])
+        dataclasses.replace(table, target=other).save(known)
+    here = current_context(EIGHT, CPU)
+    assert find_sibling(MICRO, EIGHT, here, known) is None
+
+
+def test_of_several_batches_the_one_that_knows_most_is_leaned_on_then_the_nearest(known: Path) -> None:
+    table = LatencyTable.load(known / TARGET.table_path)
+    here = current_context(EIGHT, CPU)
+    for batch in (4, 64):
+        dataclasses.replace(table, target=dataclasses.replace(TARGET, batch=batch)).save(known)
+    nearest = find_sibling(MICRO, EIGHT, here, known)
+    assert nearest is not None and nearest.batch == 4
+    fewer = {block: table.entries[block] for block in MICRO.blocks[:-1]}
+    dataclasses.replace(table, target=dataclasses.replace(TARGET, batch=4), entries=fewer).save(known)
+    most = find_sibling(MICRO, EIGHT, here, known)
+    assert most is not None and most.batch == 1
+
+
+def test_profile_says_on_what_a_table_leans(known: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    table = eight(known)
+    monkeypatch.setattr("lowsearch.latency.profile.profile", lambda *_, **__: table)
+    assert cli.invoke(["profile", "--batch", "8"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{len(MICRO.blocks) - SIBLING_BLOCKS:,} of {len(MICRO.blocks):,} blocks are predicted from what they take at batch 1" in said
+    assert "--batch 8 --space lowformer-micro --alone" in said
+    assert cli.invoke(["table", "show", str(known / EIGHT.table_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert table.sibling is not None and shown["leans_on"] == table.sibling.summary()
 
 
 # Killed and resumed ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lowsearch.files import write_atomically
 from lowsearch.latency.table import (
     BlockLatency,
     LatencyTable,
+    Sibling,
     block_latency,
     check_fits,
     find_table,
@@ -73,6 +74,22 @@ def test_a_saved_table_loads_as_it_was(tmp_path: Path) -> None:
     assert (loaded.target, loaded.context, loaded.entries) == (table.target, table.context, table.entries)
     assert {space: set(rows) for space, rows in loaded.calibration.items()} == {s: set(rows) for s, rows in table.calibration.items()}
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
+
+
+def leaning_table() -> LatencyTable:
+    """A table of two blocks that leans on one of four at batch 8."""
+    beside = {block: BlockLatency(hot_ms=0.1 * i, warm_ms=0.2 * i, cold_ms=0.3 * i) for i, block in enumerate(BLOCKS[1:], start=1)}
+    sibling = Sibling(batch=8, date_utc="2026-11-27T09:31:25Z", sha256="ab" * 32, entries=beside)
+    table = made_table()
+    return dataclasses.replace(table, entries={block: table.entries[block] for block in BLOCKS[:2]}, sibling=sibling)
+
+
+def test_a_table_keeps_what_it_leans_on(tmp_path: Path) -> None:
+    table = leaning_table()
+    loaded = LatencyTable.load(table.save(tmp_path))
+    assert loaded.sibling == table.sibling and loaded.entries == table.entries
+    assert loaded.summary()["leans_on"] == {"batch": 8, "date_utc": "2026-11-27T09:31:25Z", "sha256": "ab" * 32, "blocks": 4}
+    assert "sibling" not in made_table().save(tmp_path).read_text(), "a table by itself is written as ever"
 
 
 @settings(max_examples=30, deadline=None)
@@ -179,6 +196,29 @@ def test_a_damaged_table_is_refused_by_line(path: Path, name: str) -> None:
     assert f"{path}:{line}: " in raised.value.message and message in raised.value.message
     assert "lowsearch profile --device rtx3090 --runtime eager" in str(raised.value.hint)
     assert "\n" not in str(raised.value)
+
+
+SIBLING_DAMAGES: dict[str, tuple[int, str, Damage]] = {
+    "header without it": (1, "sibling is None, but the file has 4", edited(1, lambda v: v.pop("sibling"))),
+    "no object": (1, "sibling is 8, but", edited(1, lambda v: v.update(sibling=8))),
+    "field gone": (1, "missing field 'sha256'", edited(1, lambda v: v["sibling"].pop("sha256"))),
+    "line gone": (1, "promises 4 blocks of the sibling, the file has 3", lambda lines: lines[:4] + lines[5:]),
+    "block twice": (5, "second line for", lambda lines: [*lines[:4], lines[3], *lines[4:]]),
+    "own batch": (1, "the sibling has batch 1, as the table itself", edited(1, lambda v: v["sibling"].update(batch=1))),
+    "impossible batch": (1, "batch is 0", edited(1, lambda v: v["sibling"].update(batch=0))),
+    "zero": (4, "warm_ms is 0", edited(4, lambda v: v.update(warm_ms=0))),
+    "with samples": (4, "unknown field 'source'", edited(4, lambda v: v.update(source="measured"))),
+}
+
+
+@pytest.mark.parametrize("name", SIBLING_DAMAGES)
+def test_a_table_with_a_damaged_sibling_is_refused_by_line(tmp_path: Path, name: str) -> None:
+    line, message, damage = SIBLING_DAMAGES[name]
+    path = leaning_table().save(tmp_path)
+    path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
+    with pytest.raises(TableError) as raised:
+        LatencyTable.load(path)
+    assert f"{path}:{line}: " in raised.value.message and message in raised.value.message
 
 
 def test_a_table_cut_anywhere_is_refused(path: Path) -> None:

@@ -1,22 +1,27 @@
 """The latency of blocks that were not measured, learned from those that were: one regression for every kind of block.
 
-Two candidates, on the logarithms of the times: a quadratic in the features, and a line with a Gaussian process on what it leaves; the
-one with the smaller leave-one-out error is used, and that error is the uncertainty of what it predicts.
+Three candidates, on the logarithms of the times: a line and a quadratic in the features, and a line with a Gaussian process on what it
+leaves; the one with the smallest leave-one-out error is used, and that error is the uncertainty of what it predicts.
+
+A table that leans on a sibling, the table of another batch, has more candidates: the same three on how many times longer a block takes
+than there, with the three times there as further features. Where a block is only predicted there too, that error is added.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from lowsearch.arch import Block
 from lowsearch.errors import TableError
-from lowsearch.latency.features import block_features
+from lowsearch.latency.features import N_SIZES, block_features
 from lowsearch.latency.table import BlockLatency, LatencyTable
 from lowsearch.latency.timing import STATES
 
@@ -40,6 +45,8 @@ class BlockModel:
     def __init__(self, table: LatencyTable) -> None:
         self._table = table
         self._regressions: dict[str, tuple[_Regression, float]] = {}
+        sibling = table.sibling
+        self._sibling = None if sibling is None else BlockModel(dataclasses.replace(table, entries=sibling.entries, sibling=None))
 
     def predict(self, blocks: Sequence[Block]) -> dict[Block, Prediction]:
         """Predictions for `blocks`. Raises TableError for a kind of which hardly any block was measured."""
@@ -49,24 +56,48 @@ class BlockModel:
         found: dict[Block, Prediction] = {}
         for kind, wanted in by_kind.items():
             regression, error = self._regression(kind)
-            times = np.exp(regression.predict(block_features(wanted)))
-            for block, row in zip(wanted, times, strict=True):
+            inputs, sibling_stds = self._inputs(kind, wanted)
+            if not isinstance(regression, _Leaning):
+                sibling_stds = np.zeros(len(wanted))
+            for block, row, std in zip(wanted, np.exp(regression.predict(inputs)), np.hypot(error, sibling_stds), strict=True):
                 hot, warm, cold = (float(value) for value in row)  # in the order of STATES
-                found[block] = Prediction(BlockLatency(hot_ms=hot, warm_ms=warm, cold_ms=cold, source="predicted"), error)
+                found[block] = Prediction(BlockLatency(hot_ms=hot, warm_ms=warm, cold_ms=cold, source="predicted"), float(std))
         return found
 
     def _regression(self, kind: str) -> tuple[_Regression, float]:
         if kind not in self._regressions:
-            measured: Mapping[Block, BlockLatency] = {b: row for b, row in self._table.entries.items() if b.kind == kind}
+            measured = self._of_kind(kind)
             if len(measured) < MIN_MEASURED:
                 raise TableError(
                     f"the table of {self._table.target} holds {len(measured)} {kind} blocks, too few to predict others from",
                     hint=self._table.target.profile_command,
                 )
-            features = block_features(list(measured))
-            times = np.log([[getattr(row, f"{state}_ms") for state in STATES] for row in measured.values()])
-            self._regressions[kind] = _best(features, times)
+            inputs, _ = self._inputs(kind, list(measured))
+            self._regressions[kind] = _best(inputs, _log_times(measured.values()), leaning=self._leans(kind))
         return self._regressions[kind]
+
+    def _inputs(self, kind: str, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+        """Features of `blocks`, all of one kind, (n, n_features), with the logarithms of their times at the sibling's batch as the last
+        three where the kind leans on it, and the relative standard errors (n,) of these times."""
+        features = block_features(blocks)
+        if self._sibling is None or not self._leans(kind):
+            return features, np.zeros(len(blocks))
+        known = self._sibling._of_kind(kind)
+        guessed = self._sibling.predict([block for block in blocks if block not in known])
+        times = _log_times([known[block] if block in known else guessed[block].latency for block in blocks])
+        stds = np.array([guessed[block].relative_std if block in guessed else 0.0 for block in blocks])
+        return np.hstack([features, times]), stds
+
+    def _leans(self, kind: str) -> bool:
+        return self._sibling is not None and len(self._sibling._of_kind(kind)) >= MIN_MEASURED
+
+    def _of_kind(self, kind: str) -> Mapping[Block, BlockLatency]:
+        return {block: row for block, row in self._table.entries.items() if block.kind == kind}
+
+
+def _log_times(rows: Iterable[BlockLatency]) -> np.ndarray:
+    """Logarithms of the times, (n, n_states)."""
+    return np.log([[getattr(row, f"{state}_ms") for state in STATES] for row in rows])
 
 
 class _Regression(Protocol):
@@ -79,15 +110,55 @@ class _Regression(Protocol):
         ...
 
 
-def _best(features: np.ndarray, targets: np.ndarray) -> tuple[_Regression, float]:
+def _best(inputs: np.ndarray, targets: np.ndarray, *, leaning: bool = False) -> tuple[_Regression, float]:
     """The candidate with the smallest leave-one-out error on warm blocks, and that error (root mean square)."""
-    candidates: list[_Regression] = [_Ridge(features, targets, quadratic=False), _Ridge(features, targets, quadratic=True)]
-    if len(features) >= 3 * features.shape[1]:
-        candidates.append(_Process(features, targets))
+    n_own = inputs.shape[1] - (len(STATES) if leaning else 0)
+    candidates: list[_Regression] = [_OnOwnFeatures(make, n_own, inputs, targets) for make in _makers(len(inputs), n_own)]
+    # With few blocks measured the sizes say as much beside the sibling's times as all features, and leave less to be learned.
+    for columns in ([*range(N_SIZES), *range(n_own, inputs.shape[1])], [*range(inputs.shape[1])]) if leaning else ():
+        candidates += [_Leaning(make, columns, inputs, targets) for make in _makers(len(inputs), len(columns))]
     warm = STATES.index("warm")
     errors = [float(np.sqrt(np.mean(candidate.leave_one_out()[:, warm] ** 2))) for candidate in candidates]
     best = int(np.argmin(errors))
     return candidates[best], errors[best]
+
+
+_Maker = Callable[[np.ndarray, np.ndarray], _Regression]
+"""Fits (n, n_features) and (n, n_outputs)."""
+
+
+def _makers(n_rows: int, n_columns: int) -> list[_Maker]:
+    """What is worth trying on so much data."""
+    return [partial(_Ridge, quadratic=False), partial(_Ridge, quadratic=True), *([_Process] if n_rows >= 3 * n_columns else [])]
+
+
+class _OnOwnFeatures:
+    """A regression on the features of this table only, whatever a sibling adds."""
+
+    def __init__(self, make: _Maker, n_features: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+        self._n_features = n_features
+        self._regression = make(inputs[:, :n_features], targets)
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return self._regression.predict(features[:, : self._n_features])
+
+    def leave_one_out(self) -> np.ndarray:
+        return self._regression.leave_one_out()
+
+
+class _Leaning:
+    """A regression, on some columns, of how many times longer blocks take than at the sibling's batch; the last columns are the times
+    there."""
+
+    def __init__(self, make: _Maker, columns: Sequence[int], inputs: np.ndarray, targets: np.ndarray) -> None:
+        self._columns = list(columns)
+        self._regression = make(inputs[:, self._columns], targets - inputs[:, -len(STATES) :])
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return self._regression.predict(features[:, self._columns]) + features[:, -len(STATES) :]
+
+    def leave_one_out(self) -> np.ndarray:
+        return self._regression.leave_one_out()
 
 
 class _Scaling:

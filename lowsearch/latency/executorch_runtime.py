@@ -76,28 +76,26 @@ def _library() -> Any:
 
 def _lowered(module: nn.Module, x: Tensor, *, precision: str) -> bytes:
     """`module` as a program of ExecuTorch for inputs of the shape of `x`, which calibrates int8."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
-
+    exir = import_module("executorch.exir")
+    xnnpack = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     with torch.no_grad():
         exported = torch.export.export(module, (x,))
         if precision == "int8":
             exported = torch.export.export(_quantised(exported.module(), x), (x,))
-        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        lowered = exir.to_edge_transform_and_lower(exported, partitioner=[xnnpack.XnnpackPartitioner()])
         # Planned memory would hold a copy of the input, made in every call, that later operators may overwrite.
-        in_place = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
-        return lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=in_place)).buffer
+        in_place = import_module("executorch.exir.passes").MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+        return lowered.to_executorch(exir.ExecutorchBackendConfig(memory_planning_pass=in_place)).buffer
 
 
 def _quantised(module: Any, x: Tensor) -> Any:
     """`module` with weights and activations in 8 bits, which span what the activations of the input `x` span."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    observed = prepare_pt2e(module, XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+    xnnpack = import_module("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+    pt2e = import_module("torchao.quantization.pt2e.quantize_pt2e")
+    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
+    observed = pt2e.prepare_pt2e(module, xnnpack.XNNPACKQuantizer().set_global(config))
     observed(x)
-    return convert_pt2e(observed)
+    return pt2e.convert_pt2e(observed)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ import numpy as np
 from lowsearch import cost
 from lowsearch.arch import Block, ConvBranch, Downsampler, Head, Lowtention, Mlp, StemConv, input_channels
 
+N_SIZES = 4
+"""The first columns are what every kind has: MACs, parameters, activations, elements that enter."""
+
 
 def block_features(blocks: Sequence[Block]) -> np.ndarray:
     """Features of `blocks`, all of one kind, (n, n_features)."""

@@ -111,8 +111,8 @@ class _Traffic:
         company = BLOCKS_PER_STEP * float(np.mean([self.footprint_bytes(block) for block in measured] or [0.0]))
         self._company_ms = float(self._curve.extra_ms_per_byte(_CONFLICTS * company))
         """Extra time of a byte while warm blocks were timed: what they read in a turn."""
-        self.handing_over_ms = 2 * self._bytes_per_number * float(self._curve.ms_per_byte(_CONFLICTS * company))
-        """Time of writing and reading an element between two blocks."""
+        self.handing_over_ms = 2 * self._batch * self._bytes_per_number * float(self._curve.ms_per_byte(_CONFLICTS * company))
+        """Time of writing and reading an element of every image of the batch between two blocks."""
 
     def weight_bytes(self, block: Block) -> int:
         return self._bytes_per_number * cost.of_block(block).params
@@ -361,6 +361,6 @@ def _is_branch(block: Block) -> bool:
 
 
 def _elements(block: Block) -> int:
-    """Elements of the tensors that enter and leave a block, of one image."""
+    """Elements of the tensors that enter and leave a block, of one image of the batch."""
     entering = input_channels(block) * block.resolution_px**2
     return entering + (block.num_classes if isinstance(block, Head) else block.out_channels * block.out_px**2)

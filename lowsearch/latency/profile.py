@@ -2,12 +2,14 @@
 
 Not every block is measured (a large space has thousands): all stems and heads, and of the other kinds as many as the budget allows,
 spread over their sizes; the predictor fills in the rest and marks it. Whole networks, spread over the sizes that the space holds,
-calibrate the sum of blocks. Everything measured is appended to `<table>.partial.jsonl` at once, so that a killed run resumes.
+calibrate the sum of blocks. Where another batch of the target was measured already, far fewer blocks are, and the others lean on that
+table, the sibling. Everything measured is appended to `<table>.partial.jsonl` at once, so that a killed run resumes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +25,18 @@ from lowsearch.latency.measure import Effort, Launcher, Progress, measure_energy
 from lowsearch.latency.memory import READ_BYTES, MemoryRead
 from lowsearch.latency.pace import step_paces
 from lowsearch.latency.session import Found, Partial, Session, locked
-from lowsearch.latency.table import LatencyTable, block_latency, changes, check_fits, find_table, memory_latency, table_file
+from lowsearch.latency.table import (
+    BlockLatency,
+    LatencyTable,
+    Sibling,
+    block_latency,
+    changes,
+    check_fits,
+    find_table,
+    known_tables,
+    memory_latency,
+    table_file,
+)
 from lowsearch.latency.target import (
     Context,
     Device,
@@ -44,6 +57,8 @@ N_NETWORKS = 20
 QUICK_BLOCKS = 400
 """Of a space whose table of 1,400 blocks is measured quickly. Fewer blocks spread as always came within 2 % of what that table predicts of
 random networks; taking them by their share of network time, or greedily by what they tell of it, did no better (docs/measurement.md)."""
+SIBLING_BLOCKS = 200
+"""Of a space that was measured at another batch. On one CPU they told as much of batch 8 as 400 without it (docs/measurement.md)."""
 QUICK_NETWORKS = 10
 QUICK_EFFORT = Effort(rounds=2, turns_ms=60.0)
 """What is left of the noise of a block is small beside the error of those that were not measured."""
@@ -60,6 +75,7 @@ def profile(
     n_calibration: int | None = None,
     seed: int = 0,
     quick: bool = False,
+    alone: bool = False,
     fresh: bool = False,
     effort: Effort | None = None,
     network_effort: Effort | None = None,
@@ -70,7 +86,8 @@ def profile(
     """Measure what the table of `target` lacks for `space`, and write it under `folder` (default: ./latency_tables).
 
     At most `max_blocks` blocks of the space are measured; None for as many as the runtime prepares in reasonable time. With `quick` fewer
-    blocks and networks are measured, and for less time each; a later profile without it adds the others.
+    blocks and networks are measured, and for less time each; a later profile without it adds the others. Where this machine has a table of
+    the space at another batch, few blocks are measured and the others lean on it, unless `alone`.
     Killed at any moment, the same call resumes. A table of the same machine and versions is extended, any other is replaced;
     with `fresh` it is replaced in any case.
     Raises DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
@@ -82,8 +99,16 @@ def profile(
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         table = _empty(target, here) if fresh else table_to_extend(target, here, folder)
+        before = None if alone else table.sibling
+        # A table that was begun by itself goes on so.
+        leans = not alone and (before is not None or len(_measured(space, table)) < SIBLING_BLOCKS)
+        sibling = find_sibling(space, target, here, folder) if leans else None
+        table = dataclasses.replace(table, sibling=sibling or before)
         if max_blocks is None:
-            max_blocks = min(runtime_max_blocks(target), QUICK_BLOCKS) if quick else runtime_max_blocks(target)
+            # Of a runtime that is slow to prepare the sibling holds few as well; half of them are pairs enough.
+            usual = min(SIBLING_BLOCKS, len(_measured(space, sibling)) // 2) if sibling else QUICK_BLOCKS if quick else None
+            most = runtime_max_blocks(target)
+            max_blocks = most if usual is None else min(most, usual)
         n_calibration = (QUICK_NETWORKS if quick else N_NETWORKS) if n_calibration is None else n_calibration
         effort = effort or (QUICK_EFFORT if quick else Effort())
         network_effort = network_effort or (QUICK_NETWORK_EFFORT if quick else NETWORK_EFFORT)
@@ -92,7 +117,8 @@ def profile(
         reads = [] if table.memory else [MemoryRead(n_bytes) for n_bytes in READ_BYTES]
         with Partial(path, target, here) as partial:
             # What an interrupted profile of more blocks, or of another space, had finished is kept.
-            wanted = [*choose_blocks(space, max_blocks, seed=seed), *(b for b in partial.finished(effort) if isinstance(b, Block))]
+            chosen = choose_blocks(space, max_blocks, seed=seed, always=("stem",) if sibling else ("stem", "head"))
+            wanted = [*chosen, *(b for b in partial.finished(effort) if isinstance(b, Block))]
             blocks = [block for block in dict.fromkeys(wanted) if block not in table.entries]
             expected = effort.processes * (len(reads) + len(blocks)) + network_effort.processes * n_networks
             session = Session(
@@ -101,14 +127,16 @@ def profile(
             table = _with_reads(table, session.measure(reads, effort))
             table = _with_blocks(table, session.measure(blocks, effort))
             # A later profile draws others, over all sizes again.
-            chosen = choose_networks(space, n_networks, seed=seed + len(known), table=table) if n_networks else []
-            archs = [arch for arch in chosen if arch not in {row.arch for row in known}]
+            networks = choose_networks(space, n_networks, seed=seed + len(known), table=table) if n_networks else []
+            archs = [arch for arch in networks if arch not in {row.arch for row in known}]
             session.expect_fewer(network_effort.processes * (n_networks - len(archs)))  # A small space may not hold as many.
             table = _with_networks(table, space, session.measure(archs, network_effort))
         table = _with_energy(table, space, device, seed=seed, launch=launch, progress=progress)
         # A GPU's clocks say something while it is warm, as it is now.
         again = table.context.measured_again + session.measured_again
         table = dataclasses.replace(table, context=dataclasses.replace(here, measured_again=again, **gpu_state(device)))
+        if len(_measured(space, table)) == len(space.blocks):
+            table = dataclasses.replace(table, sibling=before)  # Nothing is left to predict.
         table.save(folder)
         partial.path.unlink()
     return table
@@ -146,6 +174,31 @@ def staleness(table: LatencyTable, *, devices: Sequence[Device] | None = None) -
     return changes(table.context, current_context(table.target, device)) if device.attached else []
 
 
+def find_sibling(space: SearchSpace, target: Target, here: Context, folder: Path) -> Sibling | None:
+    """What a table of this machine and these versions that differs from `target` in the batch only says of its blocks: of several tables
+    the one that holds most of `space`, then the nearest batch. None where none holds SIBLING_BLOCKS of it."""
+    found: list[tuple[LatencyTable, Path]] = []
+    for other, path in known_tables(folders=list(dict.fromkeys([folder, *locations.folders("latency_tables")]))).items():
+        if other != target and dataclasses.replace(other, batch=target.batch) == target:
+            try:
+                table = LatencyTable.load(path)
+                check_fits(table, other, here)
+                found.append((table, path))
+            except TableError as error:
+                log.warning("not used for batch %d: %s", target.batch, error.message)
+    found = [(table, path) for table, path in found if len(_measured(space, table)) >= SIBLING_BLOCKS]
+    if not found:
+        return None
+    table, path = max(found, key=lambda one: (len(_measured(space, one[0])), -abs(np.log2(one[0].target.batch / target.batch))))
+    times = {block: BlockLatency(hot_ms=row.hot_ms, warm_ms=row.warm_ms, cold_ms=row.cold_ms) for block, row in table.entries.items()}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Sibling(batch=table.target.batch, date_utc=table.context.date_utc, sha256=sha256, entries=times)
+
+
+def _measured(space: SearchSpace, table: LatencyTable | Sibling) -> set[Block]:
+    return {block for block in space.blocks if block in table.entries}
+
+
 def table_of(target: Target, measured_on: Context, space: SearchSpace, found: Found) -> LatencyTable:
     """The table that the timings of one whole profile of `space` give."""
     table = _with_blocks(_with_reads(_empty(target, measured_on), found), found)
@@ -178,9 +231,9 @@ def current_context(target: Target, device: Device) -> Context:
     return context(target, device, statistic=statistic, versions=chosen.versions(), runtime_options=options)
 
 
-def choose_blocks(space: SearchSpace, max_blocks: int, *, seed: int) -> list[Block]:
-    """The blocks of `space` to measure: all where they fit in `max_blocks`; else all stems and heads, and of every other kind a share
-    by the square root of their number, spread over their features.
+def choose_blocks(space: SearchSpace, max_blocks: int, *, seed: int, always: Sequence[str] = ("stem", "head")) -> list[Block]:
+    """The blocks of `space` to measure: all where they fit in `max_blocks`; else all of the kinds in `always`, and of every other kind a
+    share by the square root of their number, spread over their features.
 
     With the same seed, a larger budget measures the same blocks and more.
     """
@@ -188,11 +241,11 @@ def choose_blocks(space: SearchSpace, max_blocks: int, *, seed: int) -> list[Blo
     for block in space.blocks:
         by_kind.setdefault(block.kind, []).append(block)
     rng = np.random.default_rng(seed)
-    always = [block for kind in ("stem", "head") for block in by_kind.pop(kind, [])]
-    budget = max(0, max_blocks - len(always))
+    first = [block for kind in always for block in by_kind.pop(kind, [])]
+    budget = max(0, max_blocks - len(first))
     order = {kind: [blocks[i] for i in _spread(block_features(blocks), rng)] for kind, blocks in sorted(by_kind.items())}
     wishes = _shares({kind: len(blocks) for kind, blocks in order.items()}, budget)
-    return [*always[:max_blocks], *(block for kind, blocks in order.items() for block in blocks[: wishes[kind]])]
+    return [*first[:max_blocks], *(block for kind, blocks in order.items() for block in blocks[: wishes[kind]])]
 
 
 def choose_networks(space: SearchSpace, n: int, *, seed: int, table: LatencyTable | None = None) -> list[Arch]:

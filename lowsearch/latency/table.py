@@ -65,6 +65,21 @@ class BlockLatency:
         return verdict(max(row_error(samples, paces) for samples, paces in states), self.wall_over_cpu)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sibling:
+    """What a table keeps of the table of another batch, of the same device and versions, that its unmeasured blocks are predicted from."""
+
+    batch: int
+    date_utc: str
+    sha256: str
+    """Of the sibling's file."""
+    entries: Mapping[Block, BlockLatency]
+    """Measured at that batch; without samples."""
+
+    def summary(self) -> dict[str, Any]:
+        return {"batch": self.batch, "date_utc": self.date_utc, "sha256": self.sha256, "blocks": len(self.entries)}
+
+
 ANCHORS = 8
 
 
@@ -79,6 +94,8 @@ class LatencyTable:
     """Whole networks, by the name of the search space they were drawn from."""
     memory: tuple[MemoryLatency, ...] = ()
     """Reads of memory, by rising size."""
+    sibling: Sibling | None = None
+    """Where only few blocks were measured: the table of another batch that says much of the others."""
 
     def lookup(self, block: Block) -> BlockLatency:
         """What was measured of `block`. Raises MissingBlockError, naming the command that measures more."""
@@ -114,6 +131,7 @@ class LatencyTable:
             "blocks": len(self.entries), "networks": {space: len(rows) for space, rows in self.calibration.items()},
             "wall_over_cpu": float(np.median(ratios)) if ratios else None, "date_utc": self.context.date_utc, "origin": self.context.origin,
             "verdicts": self.verdicts, "measured_again": self.context.measured_again,
+            "leans_on": self.sibling.summary() if self.sibling else None,
         }  # fmt: skip
 
     def save(self, folder: Path) -> Path:
@@ -129,11 +147,16 @@ class LatencyTable:
         yield {
             "schema": SCHEMA, "version": VERSION, "n_memory": len(self.memory), "n_blocks": len(self.entries),
             "n_networks": len(networks), "target": dataclasses.asdict(self.target), "context": dataclasses.asdict(self.context),
+            **({"sibling": self.sibling.summary()} if self.sibling else {}),
         }  # fmt: skip
         for read in sorted(self.memory, key=lambda read: read.n_bytes):
             yield {"memory_bytes": read.n_bytes, **{name: getattr(read, name) for name in _MEMORY_FIELDS}}
         for block in sorted(self.entries, key=_block_order):
             yield {"block": block_to_dict(block), **dataclasses.asdict(self.entries[block])}
+        beside = self.sibling.entries if self.sibling else {}
+        for block in sorted(beside, key=_block_order):
+            row = beside[block]
+            yield {"sibling_block": block_to_dict(block), **{f"{state}_ms": getattr(row, f"{state}_ms") for state in STATES}}
         for space, row in networks:
             values = {name: getattr(row, name) for name in _NETWORK_FIELDS}
             values = {name: value for name, value in values.items() if value is not None or name not in _ENERGY_FIELDS}
@@ -247,6 +270,7 @@ def memory_latency(n_bytes: int, timings: Sequence[Timing]) -> MemoryLatency:
 
 
 _HEADER_FIELDS = ("schema", "version", "n_memory", "n_blocks", "n_networks", "target", "context")
+_SIBLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sibling) if field.name != "entries")
 _MEMORY_FIELDS = tuple(field.name for field in dataclasses.fields(MemoryLatency) if field.name != "n_bytes")
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockLatency))
 _NETWORK_FIELDS = tuple(field.name for field in dataclasses.fields(NetworkLatency) if field.name != "arch")
@@ -287,7 +311,8 @@ class _Reader:
             self._fail("the file ends in the middle of a line")
         lines = text.splitlines()
         self.line = 1
-        header = self._parse(lines[0], _HEADER_FIELDS) if lines else self._fail("the file is empty")
+        header = self._parse(lines[0]) if lines else self._fail("the file is empty")
+        self._check_fields({"sibling": None, **header}, (*_HEADER_FIELDS, "sibling"))
         if header["schema"] != SCHEMA or header["version"] != VERSION:
             self._fail(f"schema is {header['schema']!r} version {header['version']!r}, expected {SCHEMA!r} version {VERSION}")
         target = self._guarded(lambda: Target.from_dict(header["target"]))
@@ -295,6 +320,7 @@ class _Reader:
         entries: dict[Block, BlockLatency] = {}
         calibration: dict[str, list[NetworkLatency]] = {}
         memory: dict[int, MemoryLatency] = {}
+        beside: dict[Block, BlockLatency] = {}
         for self.line, line in enumerate(lines[1:], start=2):
             values = self._parse(line)
             if "block" in values:
@@ -303,6 +329,13 @@ class _Reader:
                 if block in entries:
                     self._fail(f"a second line for {block}")
                 entries[block] = self._block_latency(values)
+            elif "sibling_block" in values:
+                self._check_fields(values, ("sibling_block", *(f"{state}_ms" for state in STATES)))
+                block = self._guarded(lambda v=values: block_from_dict(v["sibling_block"]))
+                if block in beside:
+                    self._fail(f"a second line for {block} of the sibling")
+                times = {f"{state}_ms": self._time(f"{state}_ms", values[f"{state}_ms"]) for state in STATES}
+                beside[block] = BlockLatency(**times)  # type: ignore[arg-type]
             elif "memory_bytes" in values:
                 read = self._memory(values)
                 if read.n_bytes in memory:
@@ -322,9 +355,10 @@ class _Reader:
         for name, count in counts.items():
             if header[name] != count:
                 self._fail(f"the header promises {name} {header[name]!r}, the file has {count}")
+        sibling = self._sibling(header.get("sibling"), target, beside)
         return LatencyTable(
             target=target, context=context, entries=entries, calibration={k: tuple(v) for k, v in calibration.items()},
-            memory=tuple(memory.values()),
+            memory=tuple(memory.values()), sibling=sibling,
         )  # fmt: skip
 
     def _fail(self, message: str) -> NoReturn:
@@ -366,6 +400,19 @@ class _Reader:
         if not isinstance(values.get("measured_again", 0), int):
             self._fail(f"context: measured_again is {values['measured_again']!r}, expected a whole number")
         return Context(**values if self.path.parent.parent.name != SHIPPED else {**values, "origin": SHIPPED})
+
+    def _sibling(self, values: Any, target: Target, entries: Mapping[Block, BlockLatency]) -> Sibling | None:
+        if values is None and not entries:
+            return None
+        if not isinstance(values, dict):
+            self._fail(f"sibling is {values!r}, but the file has {len(entries)} blocks of one")
+        self._check_fields(values, (*_SIBLING_FIELDS, "blocks"))
+        if values["blocks"] != len(entries):
+            self._fail(f"the header promises {values['blocks']!r} blocks of the sibling, the file has {len(entries)}")
+        batch = self._guarded(lambda: dataclasses.replace(target, batch=values["batch"])).batch
+        if batch == target.batch:
+            self._fail(f"the sibling has batch {batch}, as the table itself")
+        return Sibling(batch=batch, date_utc=str(values["date_utc"]), sha256=str(values["sha256"]), entries=entries)
 
     def _block_latency(self, values: Mapping[str, Any]) -> BlockLatency:
         times = {f"{state}_ms": self._time(f"{state}_ms", values[f"{state}_ms"]) for state in STATES}

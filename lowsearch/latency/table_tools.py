@@ -76,8 +76,9 @@ def merge(first: LatencyTable, second: LatencyTable) -> LatencyTable:
         known = {row.arch for row in calibration[space]}
         calibration[space] = (*calibration[space], *(row for row in rows if row.arch not in known))
     return dataclasses.replace(
-        first, entries={**second.entries, **first.entries}, calibration=calibration, memory=first.memory or second.memory
-    )
+        first, entries={**second.entries, **first.entries}, calibration=calibration, memory=first.memory or second.memory,
+        sibling=first.sibling or second.sibling,
+    )  # fmt: skip
 
 
 def difference(first: LatencyTable, second: LatencyTable) -> list[dict[str, Any]]:
