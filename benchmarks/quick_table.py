@@ -89,7 +89,9 @@ def timed_profile(space: SearchSpace, target: Target, *, quick: bool, max_blocks
     """A table measured from nothing, and the wall time that it took in seconds."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        table = profile(space, target, folder=Path(folder), fresh=True, alone=True, quick=quick, max_blocks=max_blocks, progress=print_progress)
+        table = profile(
+            space, target, folder=Path(folder), fresh=True, alone=True, quick=quick, max_blocks=max_blocks, progress=print_progress
+        )
     return table, time.perf_counter() - started
 
 
