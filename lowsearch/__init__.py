@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from lowsearch.errors import LowsearchError
     from lowsearch.model.lowformer import build_model
     from lowsearch.presets import PRESETS, preset
+    from lowsearch.search.front import search_front
     from lowsearch.search.sampler import LowSearchSampler
     from lowsearch.space import SearchSpace
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Arch", "LowSearchSampler", "LowsearchError", "SearchSpace", "build_model", "cost", "preset"]
+__all__ = ["PRESETS", "Arch", "LowSearchSampler", "LowsearchError", "SearchSpace", "build_model", "cost", "preset", "search_front"]
 
 _HOMES = {
     "Arch": "lowsearch.arch",
@@ -27,6 +28,7 @@ _HOMES = {
     "preset": "lowsearch.presets",
     "SearchSpace": "lowsearch.space",
     "LowSearchSampler": "lowsearch.search.sampler",
+    "search_front": "lowsearch.search.front",
     "build_model": "lowsearch.model.lowformer",
 }
 

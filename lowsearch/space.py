@@ -171,30 +171,30 @@ class SearchSpace:
 
     def canonical(self, genomes: np.ndarray) -> np.ndarray:
         """The genomes with every gene without effect set to 0. Raises NotInSpaceError on a wrong shape or an index out of range."""
-        genomes = self._checked(genomes)
-        return np.where(self.active(genomes), genomes, np.int8(0))
+        return self._canonical(self._checked(genomes))
 
     def mutate(self, genomes: np.ndarray, *, rng: np.random.Generator, rate: float | None = None) -> np.ndarray:
         """Canonical copies, in each of which at least one effective gene is redrawn and every other one with probability `rate`
         (default 1 / n_genes). Half of the redraws are steps to a neighbouring choice, the others uniform."""
         genomes = self._checked(genomes)
-        shape = genomes.shape
-        free = self.active(genomes) & (self.cardinalities > 1)
-        keys = np.where(free, rng.random(shape), -1.0)
-        chosen = rng.random(shape) < (1 / self.n_genes if rate is None else rate)
-        chosen[np.arange(len(genomes)), keys.argmax(axis=1)] = True
-        span = np.maximum(self.cardinalities - 1, 1)
-        uniform = (genomes + rng.integers(1, span + 1, size=shape)) % self.cardinalities
-        step = genomes + rng.choice([-1, 1], size=shape)
-        step = np.where(step < 0, np.minimum(1, self.cardinalities - 1), step)  # Off the low end: to the neighbour above.
-        step = np.where(step >= self.cardinalities, np.maximum(self.cardinalities - 2, 0), step)
-        redrawn = np.where(rng.random(shape) < 0.5, step, uniform)
-        return self.canonical(np.where(chosen, redrawn, genomes).astype(np.int8))
+        n_free = np.cumsum(self.active(genomes) & (self.cardinalities > 1), axis=1, dtype=np.int16)
+        chosen = rng.random(genomes.shape, dtype=np.float32) < (1 / self.n_genes if rate is None else rate)
+        one_of_free = (rng.random(len(genomes)) * n_free[:, -1]).astype(np.int16)
+        chosen[np.arange(len(genomes)), (n_free > one_of_free[:, None]).argmax(axis=1)] = True
+        places = np.flatnonzero(chosen)
+        values, n_choices = genomes.ravel()[places].astype(np.intp), self.cardinalities[places % self.n_genes]
+        uniform = (values + 1 + (rng.random(len(places)) * (n_choices - 1)).astype(np.intp)) % n_choices
+        step = values + np.where(rng.random(len(places)) < 0.5, -1, 1)
+        step = np.where(step < 0, np.minimum(1, n_choices - 1), step)  # Off the low end: to the neighbour above.
+        step = np.where(step >= n_choices, np.maximum(n_choices - 2, 0), step)
+        redrawn = genomes.copy()
+        redrawn.ravel()[places] = np.where(rng.random(len(places)) < 0.5, step, uniform)
+        return self._canonical(redrawn)
 
     def crossover(self, first: np.ndarray, second: np.ndarray, *, rng: np.random.Generator) -> np.ndarray:
         """Canonical children (n, n_genes): every gene from one of the two parents with equal probability."""
         first, second = self._checked(first), self._checked(second)
-        return self.canonical(np.where(rng.random(first.shape) < 0.5, first, second))
+        return self._canonical(np.where(rng.integers(0, 2, size=first.shape, dtype=bool), first, second))
 
     def neighbours(self, genome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The networks that one change of one setting makes of `genome` (n_genes,): which gene, (n,), and canonical genomes (n, n_genes).
@@ -295,10 +295,9 @@ class SearchSpace:
         """A numeric description for predictors, (n, n_features): widths as log2, one column for every unordered choice, 0 for genes
         without effect, and the number of attention, MLP and fused branches of every stage. Names in `feature_names`."""
         genomes = self._checked(genomes)
-        active = self.active(genomes)
-        columns = [
-            table[genomes[:, gene]] * active[:, gene, None] for gene, (_, table) in enumerate(self._feature_tables) if table.shape[1]
-        ]
+        gene_of_column, starts, values = self._feature_values
+        choices = np.where(self.active(genomes), genomes + np.int8(1), np.int8(0))
+        columns = [values.take(choices.take(gene_of_column, axis=1) + starts)]
         repeats = [self._lookup(genomes, f"stage{n}.depth", lambda d: d - 1.0) for n in range(1, N_STAGES + 1)]
         for number in range(1, N_STAGES + 1):
             stage = f"stage{number}."
@@ -327,13 +326,16 @@ class SearchSpace:
         column = self._column.get(setting)
         return numbers[genomes[:, column]] if column is not None else np.full(len(genomes), numbers[0])
 
+    def _canonical(self, genomes: np.ndarray) -> np.ndarray:
+        return np.where(self.active(genomes), genomes, np.int8(0))
+
     def _checked(self, genomes: np.ndarray) -> np.ndarray:
         genomes = np.asarray(genomes)
         if genomes.ndim != 2 or genomes.shape[1] != self.n_genes or not np.issubdtype(genomes.dtype, np.integer):
             raise NotInSpaceError(
                 f"genomes have shape {genomes.shape} and type {genomes.dtype}, space {self.name!r} needs whole numbers (n, {self.n_genes})"
             )
-        bad = (genomes < 0) | (genomes >= self.cardinalities)
+        bad = (genomes < 0) | (genomes >= self.cardinalities.astype(np.int8))  # A comparison of bytes where the genomes are bytes.
         if bad.any():
             row, column = np.argwhere(bad)[0]
             gene = self.genes[column]
@@ -376,6 +378,14 @@ class SearchSpace:
     @cached_property
     def _feature_tables(self) -> list[tuple[list[str], np.ndarray]]:
         return [_feature_table(gene) for gene in self.genes]
+
+    @cached_property
+    def _feature_values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The gene of every feature column, where its values start, and all values: 0 for a gene without effect, then one a choice."""
+        columns = [(gene, column) for gene, (_, table) in enumerate(self._feature_tables) for column in table.T]
+        lengths = [1 + len(column) for _, column in columns]
+        values = np.concatenate([np.append(0.0, column) for _, column in columns])
+        return np.array([gene for gene, _ in columns]), np.cumsum([0, *lengths[:-1]]), values
 
     @cached_property
     def _compiled(self) -> _Compiled:

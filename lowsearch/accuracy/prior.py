@@ -59,14 +59,14 @@ class Trend:
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std) in points, (n,) each, the network's own deviation included."""
         design = np.hstack([np.ones((len(features), 1)), features])
-        variance = np.einsum("ij,jk,ik->i", design, self.covariance, design)
+        variance = np.einsum("ij,ij->i", design @ self.covariance, design)
         return design @ self.weights, np.sqrt(variance + _NETWORK_STD**2)
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std) in points, (n,) each, of how much more the networks `after` (n, 5) have than `before` (5,); what both share cancels,
         and each deviates on its own."""
         step = np.hstack([np.zeros((len(after), 1)), after - before])
-        variance = np.einsum("ij,jk,ik->i", step, self.covariance, step)
+        variance = np.einsum("ij,ij->i", step @ self.covariance, step)
         return step @ self.weights, np.sqrt(variance + 2 * _NETWORK_STD**2)
 
 

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lowsearch import cost, footprint
+from lowsearch.errors import UsageError
 from lowsearch.footprint import ACTIVATION_BYTES, MB, Precision
-from lowsearch.search.objectives import DIRECTION, LATENCY_METRICS, Limit, Metric, of_latency
+from lowsearch.search.objectives import DIRECTION, LATENCY_METRICS, Limit, Metric, Objectives, of_latency
 from lowsearch.space import Scorer, SearchSpace
 
 ACCURACY_MARGIN = 2.0
@@ -121,6 +122,15 @@ class Estimator:
         if accuracy is not None:
             mean["accuracy"], std["accuracy"] = map(np.asarray, accuracy.predict(genomes))
         return Estimates(mean, std, self.batch)
+
+
+def check_models(objectives: Objectives, limits: Sequence[Limit], *, latency: LatencyModel | None, energy: EnergyPredictor | None) -> None:
+    """Raise UsageError where an objective or a limit needs a model that is None. Accuracy may be learned later."""
+    asked = {*objectives.metrics, *(limit.metric for limit in limits)}
+    if energy is None and "energy_mj" in asked:
+        raise UsageError("energy is an objective or has a limit, but there is no energy model", hint="pass energy=")
+    if latency is None and asked & {*LATENCY_METRICS}:
+        raise UsageError("latency is an objective or has a limit, but there is no latency model", hint="pass latency=")
 
 
 def at_confidence(estimates: Estimates, limit: Limit) -> np.ndarray:

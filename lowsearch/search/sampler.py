@@ -33,10 +33,12 @@ from lowsearch.search.estimates import (
     Estimates,
     Estimator,
     LatencyModel,
+    check_models,
     excess,
     reference_values,
 )
-from lowsearch.search.objectives import LATENCY_METRICS, Limit, Metric, Objectives, parse_objectives
+from lowsearch.search.evolution import breed, first_of_each, one_blas_thread, unseen_mask
+from lowsearch.search.objectives import Limit, Metric, Objectives, parse_objectives
 from lowsearch.search.surrogate import TrialSurrogate
 from lowsearch.space import SearchSpace
 
@@ -96,11 +98,7 @@ class LowSearchSampler(BaseSampler):
         self.evolution = evolution or Evolution()
         self._accuracy = accuracy
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
-        asked = {*self.objectives.metrics, *(limit.metric for limit in limits)}
-        if energy is None and "energy_mj" in asked:
-            raise UsageError("energy is an objective or has a limit, but the sampler was given no energy model", hint="pass energy=")
-        if latency is None and asked & {*LATENCY_METRICS}:
-            raise UsageError("latency is an objective or has a limit, but the sampler was given no latency model", hint="pass latency=")
+        check_models(self.objectives, limits, latency=latency, energy=energy)
         values = dict(reference) if reference is not None else reference_values(self._estimator, chance_accuracy=1 / space.num_classes)
         for limit in self.limits:  # Beyond a limit nothing is gained, so the acquisition counts from there.
             if limit.metric in values and limit.side == next(
@@ -160,7 +158,8 @@ class LowSearchSampler(BaseSampler):
         pending = np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
         if pending.any():  # A training in flight is taken to end as predicted, so that parallel workers spread out.
             costs = np.vstack([costs, self._costs(self._estimator.estimate(seen[pending], accuracy))])
-        return self._evolve(seen, costs, accuracy, rng)
+        with one_blas_thread():
+            return self._evolve(seen, costs, accuracy, rng)
 
     def _newest_accuracy(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> AccuracyModel | None:
         if ACCURACY_KEY not in self.objectives.metrics and not any(limit.metric == ACCURACY_KEY for limit in self.limits):
@@ -186,7 +185,8 @@ class LowSearchSampler(BaseSampler):
 
     def _fill(self, seen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Space filling: the feasible network farthest, in the objectives known before training, from everything seen."""
-        pool = _unseen(self.space.sample(self.evolution.initial, rng=rng), seen)
+        sample = self.space.sample(self.evolution.initial, rng=rng)
+        pool = sample[unseen_mask(sample, seen)]
         known = [o for o in self.objectives if o.metric != ACCURACY_KEY]
         estimates = self._estimator.estimate(pool)
         x = np.stack([o.cost(estimates.mean[o.metric]) for o in known], axis=1)
@@ -218,14 +218,9 @@ class LowSearchSampler(BaseSampler):
         for _ in range(settings.generations):
             parents = pool.take(pool.survivors(settings.parents, settings.niches, rng))
             first, second = rng.integers(len(parents.genomes), size=(2, settings.children))
-            crossed = rng.random(settings.children) < 0.7
-            children = parents.genomes[first]
-            children[crossed] = self.space.crossover(children[crossed], parents.genomes[second[crossed]], rng=rng)
-            # A crossed child is mutated half of the time: alone, each operator finds networks the other does not.
-            mutated = ~crossed | (rng.random(settings.children) < 0.5)
-            children[mutated] = self.space.mutate(children[mutated], rng=rng)
+            children = breed(self.space, parents.genomes, first, second, rng=rng)
             pool = parents.joined(_Pool.of(children, self, front, accuracy))
-        pool = pool.take(_unseen_mask(pool.genomes, seen))
+        pool = pool.take(unseen_mask(pool.genomes, seen))
         feasible = pool.excess == 0
         if not feasible.any():
             raise self._nothing_feasible(seen, accuracy, rng)
@@ -277,7 +272,7 @@ class _Pool:
 
     @classmethod
     def of(cls, genomes: np.ndarray, sampler: LowSearchSampler, front: np.ndarray, accuracy: AccuracyModel | None) -> _Pool:
-        genomes = genomes[_first_of_each(genomes)]
+        genomes = genomes[first_of_each(genomes)]
         estimates = sampler._estimator.estimate(genomes, accuracy)
         broken = excess(estimates, sampler.limits)
         if accuracy is None and ACCURACY_KEY in sampler.objectives.metrics:  # Only how far a limit is broken can be told.
@@ -295,7 +290,7 @@ class _Pool:
         pool = _Pool(
             *(np.concatenate([getattr(self, f), getattr(other, f)]) for f in ("genomes", "gain", "excess", "optimistic", "slices"))
         )
-        return pool.take(_first_of_each(pool.genomes))
+        return pool.take(first_of_each(pool.genomes))
 
     def survivors(self, n: int, niches: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of at most `n`: half by gain, half the best by optimism in every slice; those that break limits less come first."""
@@ -324,22 +319,3 @@ def _genomes(trials: Sequence[FrozenTrial], space: SearchSpace) -> np.ndarray:
 
 def _worse_side(direction: str) -> str:
     return "max" if direction == "minimize" else "min"
-
-
-def _rows(genomes: np.ndarray) -> np.ndarray:
-    """Each genome as one opaque value, so that whole rows compare."""
-    genomes = np.ascontiguousarray(genomes, dtype=np.int8)
-    return genomes.view(np.dtype((np.void, genomes.shape[1]))).ravel()
-
-
-def _first_of_each(genomes: np.ndarray) -> np.ndarray:
-    """Sorted indices of the first of every set of equal genomes."""
-    return np.sort(np.unique(_rows(genomes), return_index=True)[1])
-
-
-def _unseen_mask(genomes: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    return ~np.isin(_rows(genomes), _rows(seen)) if len(seen) else np.ones(len(genomes), dtype=bool)
-
-
-def _unseen(genomes: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    return genomes[_unseen_mask(genomes, seen)]
