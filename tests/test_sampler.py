@@ -111,6 +111,19 @@ def test_the_shortlist_is_judged_by_the_exact_form_of_the_model():
     assert (genome == shortlist[np.argmax(gains)]).all()
 
 
+@pytest.mark.parametrize("accuracy", [FakeAccuracy(), None], ids=["with a model of accuracy", "learning from its own trials"])
+def test_of_a_fixed_list_every_candidate_is_proposed_once_and_the_front_first(accuracy):
+    candidates = SPACE.sample(60, rng=np.random.default_rng(0))
+    sampler = make_sampler(accuracy=accuracy, candidates=candidates)
+    study, genomes = run(sampler, 30)
+    half = volume(sampler, [t.values for t in study.trials])
+    assert half > 0.98 * volume(sampler, truth(candidates, sampler.objectives.metrics))
+    study, genomes = run(sampler, 30, study=study)
+    assert {tuple(g) for g in genomes} == {tuple(g) for g in candidates} and len(genomes) == 60
+    with pytest.raises(StudyError, match="none of the 60 candidates is untried"):
+        sampler.propose(study.get_trials(), number=60)
+
+
 def test_limits_hold_with_the_margin_of_the_prediction():
     limits = parse_limits(maxima=["latency_ms=0.3", "params=120000"], minima=["macs=1.5e6"])
     _, genomes = run(make_sampler(limits=limits), 12)

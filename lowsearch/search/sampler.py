@@ -87,8 +87,10 @@ class LowSearchSampler(BaseSampler):
         energy: EnergyPredictor | None = None,
         seed: int = 0,
         evolution: Evolution | None = None,
+        candidates: np.ndarray | None = None,
     ) -> None:
         """`accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
+        `candidates`: genomes (n, n_genes), the only networks that may be proposed, such as a list that was trained before.
         `reference`: worst value by metric; by default `estimates.reference_values`. `batch` and `precision` are those of `latency`.
         """
         self.space = space
@@ -96,6 +98,7 @@ class LowSearchSampler(BaseSampler):
         self.limits = tuple(limits)
         self.seed = seed
         self.evolution = evolution or Evolution()
+        self._candidates = None if candidates is None else space.canonical(candidates)
         self._accuracy = accuracy
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
         check_models(self.objectives, limits, latency=latency, energy=energy)
@@ -183,10 +186,14 @@ class LowSearchSampler(BaseSampler):
         span = np.log(20.0) if second.log else 1.0
         return np.clip(((x - self._reference[1] + span) / span * self.evolution.niches).astype(int), 0, self.evolution.niches - 1)
 
+    def _random(self, rng: np.random.Generator) -> np.ndarray:
+        """The population (n, n_genes) that everything begins with."""
+        return self.space.sample(self.evolution.initial, rng=rng) if self._candidates is None else self._candidates
+
     def _fill(self, seen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Space filling: the feasible network farthest, in the objectives known before training, from everything seen."""
-        sample = self.space.sample(self.evolution.initial, rng=rng)
-        pool = sample[unseen_mask(sample, seen)]
+        pool = self._random(rng)
+        pool = pool[unseen_mask(pool, seen)]
         known = [o for o in self.objectives if o.metric != ACCURACY_KEY]
         estimates = self._estimator.estimate(pool)
         x = np.stack([o.cost(estimates.mean[o.metric]) for o in known], axis=1)
@@ -209,13 +216,13 @@ class LowSearchSampler(BaseSampler):
         front = costs[pareto.non_dominated(costs)] if len(costs) else costs
         family = [self.space.encode(arch)[None] for arch in self.space.family.values()]
         known = np.vstack([*family, seen, np.empty((0, self.space.n_genes), dtype=np.int8)])
-        population = [self.space.sample(settings.initial, rng=rng)]
-        if len(known):
+        population = [self._random(rng)]
+        if len(known) and self._candidates is None:
             population.append(
                 self.space.mutate(known[rng.integers(len(known), size=settings.initial)], rng=rng, rate=2 / self.space.n_genes)
             )
         pool = _Pool.of(np.vstack(population), self, front, accuracy)
-        for _ in range(settings.generations):
+        for _ in range(settings.generations if self._candidates is None else 0):
             parents = pool.take(pool.survivors(settings.parents, settings.niches, rng))
             first, second = rng.integers(len(parents.genomes), size=(2, settings.children))
             children = breed(self.space, parents.genomes, first, second, rng=rng)
@@ -236,6 +243,10 @@ class LowSearchSampler(BaseSampler):
 
     def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> NothingLeftError:
         limits = ", ".join(map(str, self.limits)) or "none"
+        if self._candidates is not None:
+            return NothingLeftError(
+                f"none of the {len(self._candidates):,} candidates is untried and keeps the limits ({limits})", hint="give more candidates"
+            )
         probe = self._estimator.estimate(self.space.sample(20_000, rng=rng), accuracy).mean
         reach = ", ".join(
             f"{limit.metric} {probe[limit.metric].min():.3g} to {probe[limit.metric].max():.3g}"
