@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,19 @@ def run(pool: Pool, sampler: str, seed: int, n: int) -> list[float]:
     return pool.shares(seen)
 
 
+def trainings_of(pool: Pool) -> int:
+    """How many trainings every search has."""
+    return 150 if len(pool.genomes) >= 300 else len(pool.genomes) // 2
+
+
+def run_all(part: str, samplers: list[str], seed: int) -> dict[str, list[float]]:
+    """`run` of every sampler with one seed, in a process of its own."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    pool = Pool(part=part)
+    return {sampler: run(pool, sampler, seed, trainings_of(pool)) for sampler in samplers}
+
+
 def first_reach(shares: list[float], goal: float) -> int:
     """Trainings until `goal` is held; one more than were tried where it never is."""
     return next((n for n, share in enumerate(shares, start=1) if share >= goal - 1e-12), len(shares) + 1)
@@ -180,23 +196,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds side by side")
     parser.add_argument("--part", choices=["all", "even", "odd"], default="all", help="of the pool, by place; only all is written")
     parser.add_argument("--samplers", nargs="+", choices=PEERS, default=list(PEERS), help="what lowsearch is compared with")
     arguments = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     pool = Pool(part=arguments.part)
-    at = 150 if len(pool.genomes) >= 300 else len(pool.genomes) // 2
+    at = trainings_of(pool)
     names = ["lowsearch", *dict.fromkeys(["nsga2", *arguments.samplers])]
     runs: dict[str, list[list[float]]] = {name: [] for name in names}
     started = time.monotonic()
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        for name in names:
-            runs[name].append(run(pool, name, seed, at))
-        print(
-            f"seed {seed} ({time.monotonic() - started:.0f} s): " + ", ".join(f"{n} {np.mean(r[-1]):.4f}" for n, r in runs.items()),
-            flush=True,
-        )
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
+        for seed, found in zip(seeds, processes.map(partial(run_all, arguments.part, names), seeds), strict=True):
+            for name, shares in found.items():
+                runs[name].append(shares)
+            means = ", ".join(f"{name} {np.mean(shares):.4f}" for name, shares in found.items())
+            print(f"seed {seed} ({time.monotonic() - started:.0f} s), mean share of the hypervolume: {means}", flush=True)
     found = statistics(runs, at)
     for name, needed in found["trainings_to_reach_nsga2"].items():
         print(f"{name:10s} holds what NSGA-II holds after {at}: after {needed['median']:.0f} (mean {needed['mean']:.1f},"

@@ -70,7 +70,7 @@ def search_front(
     """The front of `space` by predicted means, after `candidates` networks (a million unless told) or `seconds` on `clock`,
     whichever comes first. A space of up to 500,000 networks is gone through whole where `candidates` allow it.
 
-    `reference`: worst value by metric, for thinning a front of more than two thousand; by default `estimates.reference_values`. Counted by
+    `reference`: worst value by metric, beyond which a network does not count; unless given, all count. Counted by
     `candidates`, the same seed gives the same front. Raises UsageError on a model that is missing for an objective or a limit, StudyError
     where no network within the limits was met.
     """
@@ -91,15 +91,19 @@ def search_front(
 
     def judge(genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         estimates = estimator.estimate(genomes, accuracy)
-        return objectives.costs({metric: estimates.mean[metric] for metric in objectives.metrics}), excess(estimates, limits)
+        costs, broken = objectives.costs({metric: estimates.mean[metric] for metric in objectives.metrics}), excess(estimates, limits)
+        if reference is not None:
+            broken = broken + np.maximum(costs - reference_costs, 0.0).sum(axis=1)
+        return costs, broken
 
     with one_blas_thread():
         archive, scored = _searched(
             space, judge, reference_costs, most=most, out_of_time=lambda: deadline is not None and clock() >= deadline, rng=rng
         )
     if archive.excess.any():
+        asked = ", ".join(map(str, limits)) or "the reference point"
         raise StudyError(
-            f"none of {scored:,} networks of space {space.name!r} keeps the limits ({', '.join(map(str, limits))})",
+            f"none of {scored:,} networks of space {space.name!r} keeps the limits ({asked})",
             hint="loosen the limits, or score more candidates",
         )
     mean = estimator.estimate(archive.genomes, accuracy).mean
