@@ -1,6 +1,6 @@
 """How much of a front that is known exactly does the search find, while it scores how little of the space?
 
-    python benchmarks/exact_front.py [--candidates 300000] [--seeds 10]        # a minute
+    python benchmarks/exact_front.py [--candidates 1000000] [--seeds 10]        # a minute
 
 The space is a part of `lowformer-micro` with more than 10^8 networks. Latency is the plain sum of its blocks' warm times by the AMD table
 that comes with lowsearch, the score a made-up sum over blocks (the logarithm of their MACs, times a random taste), so the front can be
@@ -103,7 +103,7 @@ def _front(costs: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--candidates", type=int, default=300_000, help="scored by each search")
+    parser.add_argument("--candidates", type=int, default=1_000_000, help="scored by each search")
     parser.add_argument("--seeds", type=int, default=10)
     arguments = parser.parse_args()
     micro = SearchSpace.load("lowformer-micro")
@@ -130,7 +130,8 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/exact_front.py", *sys.argv[1:]]), "date_utc": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {n: metadata.version(n) for n in ("lowsearch", "numpy", "moocore")}, "networks": space.size(),
-        "latency": TABLE.parent.name, "exact_front": len(exact), "exact_cpu_s": exact_s, "seeds": rows, "worst_share": min(row["share_of_hypervolume"] for row in rows),
+        "latency": TABLE.parent.name, "exact_front": len(exact), "exact_cpu_s": exact_s, "seeds": rows,
+        "worst_share": min(row["share_of_hypervolume"] for row in rows),
         "goals": GOALS, "goals_met": {
             "networks": space.size() >= GOALS["networks"],
             "share_of_hypervolume": all(row["share_of_hypervolume"] >= GOALS["share_of_hypervolume"] for row in rows),

@@ -34,7 +34,6 @@ TINY_LIMITS = {"maxima": ["latency_ms=0.18"], "minima": ["params=120000"]}
 
 def advance(folder: Path, sampler: str, trials: int) -> list[Any]:
     """In this process: the study goes on until it has `trials` proposals. Returns what must be the same."""
-    sys.path.insert(0, str(TESTS))
     import study_fakes as fakes
 
     from lowsearch.search.objectives import parse_limits
@@ -48,7 +47,7 @@ def advance(folder: Path, sampler: str, trials: int) -> list[Any]:
 def in_processes(folder: Path, sampler: str, ends: list[int]) -> list[Any]:
     """One process after the other, each up to one of `ends`. They are forked from a server that has only imported modules."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lowsearch.search.study", "lowsearch.search.worker", "sklearn.linear_model"])
+    context.set_forkserver_preload(["study_fakes"])
     found: list[Any] = []
     for end in ends:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -57,8 +56,8 @@ def in_processes(folder: Path, sampler: str, ends: list[int]) -> list[Any]:
 
 
 def examined(sampler: str, trials: int) -> dict[str, Any]:
-    space = str(TESTS / "tiny_space.yaml") if sampler == "exhaustive" else "lowformer-micro"
-    os.environ["FAKE_SPACE"] = space
+    os.environ["FAKE_SPACE"] = str(TESTS / "tiny_space.yaml") if sampler == "exhaustive" else "lowformer-micro"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     plans = {"whole": [trials], "thirds": [trials // 3, 2 * trials // 3, trials], "single": list(range(1, trials + 1))}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
