@@ -46,6 +46,9 @@ BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Images in one 
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=1, help="CPU threads of the runtime; more than 1 is timed in wall time, on a quiet machine.")
 ]
+RecipeSetOption = Annotated[
+    list[str] | None, typer.Option("--recipe-set", metavar="FIELD=VALUE", help="Change a field of the recipe, as epochs=12; repeatable.")
+]
 Progress = Callable[[int, int, str], None]
 
 
@@ -428,7 +431,8 @@ def run(
     runtime: RuntimeOption = None,
     space: SpaceOption = "lowformer-micro",
     data: Annotated[
-        str | None, typer.Option("--data", help="fashion-mnist-mini (default), folder:PATH, npz:PATH or torchvision:NAME.")
+        str | None,
+        typer.Option("--data", help="fashion-mnist-mini (default), or folder:, tiny-imagenet: or npz:PATH, or torchvision:NAME."),
     ] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time to search, as 8m (default), 90s or 1h30m.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Networks to propose, instead of a time.")] = None,
@@ -455,7 +459,10 @@ def run(
         Literal["trained", "params", "macs", "published"] | None,
         typer.Option("--accuracy", help="trained, or a score without training: published (224 px class), params or macs."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Training recipe; default: the one made for the data.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Training recipe: a name (`lowsearch recipes`) or a YAML file; default: micro.")
+    ] = None,
+    recipe_set: RecipeSetOption = None,
     final_seeds: Annotated[int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist.")] = None,
     precision: PrecisionOption = "fp32",
     batch: BatchOption = 1,
@@ -484,14 +491,14 @@ def run(
         "device": device, "runtime": runtime, "precision": precision, "batch": batch, "threads": threads, "space": space, "data": data,
         "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
-        "workers": workers, "recipe": recipe, "accuracy": accuracy, "final_seeds": final_seeds,
+        "workers": workers, "recipe": _recipe_spec(recipe, recipe_set), "accuracy": accuracy, "final_seeds": final_seeds,
         "allow_stale": allow_stale, "train_device": train_device, "storage": _without_password(storage),
     }  # fmt: skip
     stored = stored_settings(folder)
     if stored is None:
         settings = StudySettings(**asked)
     else:  # A study goes on as it was made; only what was typed is asked of it anew.
-        flags = {"limits": ("maximum", "minimum", "confidence"), "budget_s": ("budget",)}
+        flags = {"limits": ("maximum", "minimum", "confidence"), "budget_s": ("budget",), "recipe": ("recipe", "recipe_set")}
         typed = {name for name in asked if any(_was_typed(context, flag) for flag in flags.get(name, (name,)))}
         settings = dataclasses.replace(stored, **{name: asked[name] for name in typed})
     with _progress() as progress:
@@ -753,7 +760,10 @@ def train(
     what: Annotated[str, typer.Argument(help="A study, a preset, or a network's arch.json.")],
     arch: Annotated[str | None, typer.Option("--arch", help="arch_id of a network of the study.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Data set; default: the study's, else fashion-mnist-mini.")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Recipe; default: the study's, else micro.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A name (`lowsearch recipes`) or a YAML file; default: the study's, else micro.")
+    ] = None,
+    recipe_set: RecipeSetOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Train longer or shorter than the recipe says.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
@@ -766,12 +776,17 @@ def train(
     import dataclasses
 
     from lowsearch.data import load_data
+    from lowsearch.search.assembly import schedule_of_study
     from lowsearch.train import recipe as recipe_named
     from lowsearch.train import require_trainable
     from lowsearch.train.full import train_fully
+    from lowsearch.train.recipe import DEFAULT_RECIPE, assignments
 
     network, defaults = _network_of_study(what, arch) if arch is not None else (_network(what), {})
-    schedule = recipe_named(recipe or defaults.get("recipe") or "micro")
+    if recipe is None and arch is not None and (of_study := schedule_of_study(_study_folder(what))) is not None:
+        schedule = of_study.changed(assignments(recipe_set or ()))
+    else:
+        schedule = recipe_named(_recipe_spec(recipe or DEFAULT_RECIPE, recipe_set))
     if epochs is not None:
         schedule = dataclasses.replace(schedule, name=f"{schedule.name}-{epochs}ep", epochs=epochs)
     images = load_data(data or defaults.get("data") or "fashion-mnist-mini")
@@ -788,6 +803,20 @@ def train(
         return
     shown = ("arch_id", "data", "recipe", "seed", "val_accuracy", "test_accuracy", "test_accuracy_std", "cpu_seconds")
     _print_table("Trained", ["what", "value"], [*([k, _plain(metrics[k])] for k in shown), ["folder", str(folder)]])
+
+
+@app.command()
+def recipes(as_json: JsonFlag = False) -> None:
+    """The training recipes by name, with their fields, as --recipe-set and a YAML file take them."""
+    from lowsearch.train import RECIPES
+
+    values = {name: make().to_dict() for name, make in RECIPES.items()}
+    if as_json:
+        _print_json(values)
+        return
+    fields = [field for field in next(iter(values.values())) if field not in ("name", "teacher_hash")]
+    rows = [[field, *(json.dumps(recipe[field]) for recipe in values.values())] for field in fields]
+    _print_table("Recipes", ["field", *values], rows)
 
 
 @app.command()
@@ -868,6 +897,15 @@ def _rounded(value: float | None) -> str:
 
 def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+
+
+def _recipe_spec(recipe: str | None, changes: Sequence[str] | None) -> Any:
+    """The recipe that the flags mean, as one string; None where none was given."""
+    if recipe is None and not changes:
+        return None
+    from lowsearch.train.recipe import DEFAULT_RECIPE, recipe_spec
+
+    return recipe_spec(recipe or DEFAULT_RECIPE, changes or ())
 
 
 def _was_typed(context: typer.Context, parameter: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from lowsearch.data.images import as_rgb, split_off, stratified_order
 from lowsearch.errors import DataError
 
 SPLITS = ("train", "val", "test")
+TINY_IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyimagenet20_jpeg_boxes.npz"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -141,6 +143,75 @@ def test_changing_one_pixel_changes_the_data_hash(tmp_path: Path) -> None:
     image[3, 3, 1] ^= 1
     Image.fromarray(image).save(tmp_path / "a" / "0.png")
     assert load_data(f"folder:{tmp_path}").data_hash != before
+
+
+# --- Tiny-ImageNet ----------------------------------------------------------------------------------------------------------------
+
+
+def write_tiny_imagenet(root: Path, images: dict[str, list[Image.Image]], *, n_val: int) -> None:
+    """`images` by class in the folders that the published archive unpacks to: the last `n_val` of every class are its val."""
+    lines = []
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "test" / "images").mkdir(parents=True)
+    for wnid, of_class in images.items():
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
+        for i, image in enumerate(of_class):
+            if i < len(of_class) - n_val:
+                image.save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", quality=95)
+            else:
+                name = f"val_{len(lines)}.JPEG"
+                image.save(root / "val" / "images" / name, quality=95)
+                lines.append(f"{name}\t{wnid}\t0\t0\t63\t63\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
+    images[next(iter(images))][0].save(root / "test" / "images" / "test_0.JPEG")
+
+
+def test_tiny_imagenet_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Images of class i are about 60 i grey: labels belong to their images, whichever file names them."""
+    grey = {f"n0{i}": [Image.new("L" if i == 1 else "RGB", (64, 64), 60 * i if i == 1 else (60 * i,) * 3)] * 14 for i in range(3)}
+    write_tiny_imagenet(tmp_path, grey, n_val=4)
+    data = load_data(f"tiny-imagenet:{tmp_path}", seed=1)
+    assert data.classes == ("n00", "n01", "n02") and data.image_px == 64
+    assert [len(getattr(data, s)) for s in SPLITS] == [24, 6, 12]
+    for name in SPLITS:
+        split: Split = getattr(data, name)
+        assert np.abs(split.images.mean((1, 2, 3)) - 60 * split.labels).max() < 3
+    assert load_data(f"tiny-imagenet:{tmp_path}", image_px=32).image_px == 32
+
+
+@pytest.mark.parametrize("fault", ["no annotations", "unknown class", "missing image"])
+def test_damaged_tiny_imagenet_is_one_clear_line(fault: str, tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path, {w: [Image.new("RGB", (64, 64))] * 4 for w in ("n1", "n2")}, n_val=1)
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    if fault == "no annotations":
+        annotations.unlink()
+    elif fault == "unknown class":
+        annotations.write_text("val_0.JPEG\tn9\t0\t0\t1\t1\n")
+    else:
+        (tmp_path / "val" / "images" / "val_0.JPEG").unlink()
+    with pytest.raises(DataError, match="tiny-imagenet"):
+        load_data(f"tiny-imagenet:{tmp_path}")
+
+
+@pytest.mark.skipif(not TINY_IMAGENET.is_file(), reason=f"needs {TINY_IMAGENET.name} beside the checkout, in ../shared/data")
+def test_real_images_of_tiny_imagenet_keep_their_labels(tmp_path: Path) -> None:
+    arrays = np.load(TINY_IMAGENET, allow_pickle=False)
+    labels, blob, offsets = arrays["train_y"], arrays["train_blob"].tobytes(), arrays["train_off"]
+    names = [str(c) for c in arrays["classes"][:3]]
+    images: dict[str, list[Image.Image]] = {}
+    for label, name in enumerate(names):
+        chosen = np.flatnonzero(labels == label)[:12]
+        images[name] = [Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]])) for i in chosen]
+    write_tiny_imagenet(tmp_path, images, n_val=2)
+    data = load_data(f"tiny-imagenet:{tmp_path}")
+    assert data.image_px == 64 and set(data.classes) == set(names) and len(data.test) == 6
+    for split in (data.train, data.val, data.test):
+        for stored, label in zip(split.images, split.labels, strict=True):
+            distances = {
+                name: min(np.abs(np.asarray(i.convert("RGB"), int) - stored).mean() for i in of_class) for name, of_class in images.items()
+            }
+            assert min(distances, key=lambda name: distances[name]) == data.classes[label]
 
 
 # --- npz --------------------------------------------------------------------------------------------------------------------------

@@ -378,11 +378,13 @@ def test_recipe_hash_follows_what_influences_the_weights() -> None:
     changes: dict[str, Any] = {
         "epochs": 3, "train_images": 48, "batch_size": 12, "learning_rate": 0.1, "warmup_fraction": 0.2, "weight_decay": 0.1,
         "beta2": 0.95, "grad_clip": 2.0, "label_smoothing": 0.0, "flip": False, "shift": 0.1,
-        "ema_decay": None, "drop_path": 0.2, "mlp_dropout": 0.2,
+        "ema_decay": None, "drop_path": 0.2, "mlp_dropout": 0.2, "loss": "bce", "random_crop": 0.5, "auto_augment": "original",
+        "erasing": 0.1, "mixup": 0.1, "cutmix": 0.1, "resolutions": (0.5, 1.0),
     }  # fmt: skip
     hashes = {dataclasses.replace(BRIEF, **{k: v}).recipe_hash for k, v in changes.items()}
     assert len(hashes | {BRIEF.recipe_hash}) == len(changes) + 1
-    assert changes.keys() | {"name", "evaluate_at"} == {f.name for f in dataclasses.fields(Recipe)}
+    of_teacher = {"teacher", "teacher_hash", "teacher_weight", "teacher_temperature"}  # tests/test_recipes.py
+    assert changes.keys() | of_teacher | {"name", "evaluate_at"} == {f.name for f in dataclasses.fields(Recipe)}
     assert dataclasses.replace(BRIEF, name="x", evaluate_at=(1.0,)).recipe_hash == BRIEF.recipe_hash
     json.dumps(BRIEF.to_dict())
 

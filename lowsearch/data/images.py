@@ -84,7 +84,7 @@ def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
     images = images[:, top : top + side, left : left + side]
     if side == 28:
         images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    return np.ascontiguousarray(images) if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
 def as_labels(labels: np.ndarray, n_images: int, name: str) -> np.ndarray:

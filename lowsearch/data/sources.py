@@ -1,8 +1,8 @@
-"""Data sets by name: the embedded one, an image folder, an npz file, torchvision's downloads.
+"""Data sets by name: the embedded one, an image folder, Tiny-ImageNet, an npz file, torchvision's downloads.
 
-`load_data("fashion-mnist-mini")`, `load_data("folder:PATH")`, `load_data("npz:PATH")`, `load_data("torchvision:CIFAR10")`. Whatever
-the source, three disjoint splits come out; a split that the source lacks is split off the training images, seeded. Nothing here
-unpickles: the CIFAR sets are read from their binary form for that reason.
+`load_data("fashion-mnist-mini")`, `load_data("folder:PATH")`, `load_data("npz:PATH")`, `load_data("torchvision:CIFAR10")`,
+`load_data("tiny-imagenet:PATH")`. Whatever the source, three disjoint splits come out; a split that the source lacks is split off the
+training images, seeded. Nothing here unpickles: the CIFAR sets are read from their binary form for that reason.
 """
 
 from __future__ import annotations
@@ -80,12 +80,15 @@ def _folder(name: str, argument: str, *, seed: int, image_px: int | None, **_opt
     listed = {split: _listed_images(folder, classes, name) for split, folder in parts.items()}
     if image_px is None:
         image_px = _common_side([path for pairs in listed.values() for path, _ in pairs], name)
-    splits = {}
-    for split, pairs in listed.items():
-        images = np.stack([_read_square(path, image_px, name) for path, _ in pairs])
-        labels = np.array([label for _, label in pairs], dtype=np.int64)
-        splits[split] = Split(images=as_rgb(images, name), labels=labels)
-    return _with_missing_splits(name, classes, splits, seed)
+    return _with_missing_splits(name, classes, {s: _read_split(pairs, image_px, name) for s, pairs in listed.items()}, seed)
+
+
+def _read_split(pairs: list[tuple[Path, int]], image_px: int, name: str) -> Split:
+    """The images of (path, label) pairs, at `image_px`."""
+    images = np.empty((len(pairs), image_px, image_px, 3), np.uint8)
+    for i, (path, _) in enumerate(pairs):
+        images[i] = _read_square(path, image_px, name)
+    return Split(images=as_rgb(images, name), labels=np.array([label for _, label in pairs], dtype=np.int64))
 
 
 def _listed_images(folder: Path, classes: tuple[str, ...], name: str) -> list[tuple[Path, int]]:
@@ -152,6 +155,30 @@ def _decode(encoded: bytes, name: str) -> Image:
 
 def _unreadable(path: Path, name: str, error: Exception) -> DataError:
     return DataError(f"{name}: {path} is not a readable image ({type(error).__name__})", hint="remove or replace the file")
+
+
+def _tiny_imagenet(name: str, argument: str, *, seed: int, image_px: int | None, **_options: Any) -> ImageData:
+    """Tiny-ImageNet as its archive unpacks: `train/WNID/images/IMAGE`, `val/images/IMAGE` with `val/val_annotations.txt`.
+
+    Its `test` has no labels, so its `val` is the test split here, and val is split off its `train`.
+    """
+    root = Path(argument).expanduser()
+    annotations = root / "val" / "val_annotations.txt"
+    if not (root / "train").is_dir() or not annotations.is_file():
+        hint = "give the folder that holds train/WNID/images and val/val_annotations.txt, or use folder:PATH for another layout"
+        raise DataError(f"{name}: {root} does not hold Tiny-ImageNet as it is published", hint=hint)
+    classes = tuple(folder.name for folder in _subfolders(root / "train"))
+    number = {wnid: i for i, wnid in enumerate(classes)}
+    val: list[tuple[Path, int]] = []
+    for line in annotations.read_text(encoding="utf-8").splitlines():
+        file, wnid, *_ = [*line.split("\t"), "", ""]
+        if wnid not in number:
+            raise DataError(
+                f"{name}: {annotations} gives {file!r} the class {wnid!r}, which train has not", hint="unpack the archive again"
+            )
+        val.append((root / "val" / "images" / file, number[wnid]))
+    pairs = {"train": _listed_images(root / "train", classes, name), "test": val}
+    return _with_missing_splits(name, classes, {s: _read_split(listed, image_px or 64, name) for s, listed in pairs.items()}, seed)
 
 
 def _npz(name: str, argument: str, *, seed: int, **_options: Any) -> ImageData:
@@ -297,7 +324,8 @@ SOURCES: dict[str, Callable[..., ImageData]] = {
     "fashion-mnist-mini": _embedded,
     "folder": _folder,
     "npz": _npz,
+    "tiny-imagenet": _tiny_imagenet,
     "torchvision": _torchvision,
 }
-_WITH_ARGUMENT = ("folder", "npz", "torchvision")
+_WITH_ARGUMENT = ("folder", "npz", "tiny-imagenet", "torchvision")
 _USAGE = {kind: f"{kind}:{'NAME' if kind == 'torchvision' else 'PATH'}" if kind in _WITH_ARGUMENT else kind for kind in SOURCES}

@@ -1,7 +1,7 @@
 """The real parts of a study, put together from its folder: space, latency table, training ladder, device.
 
-What decides the numbers is copied into the folder when the study is made (space.yaml, latency_table.jsonl), so that a resumed study
-works with what it began with, whatever has been edited or measured since.
+What decides the numbers is copied into the folder when the study is made (space.yaml, recipe.yaml, latency_table.jsonl), so that a
+resumed study works with what it began with, whatever has been edited or measured since.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lowsearch.accuracy.ladder import RECORDS, Ladder
 from lowsearch.accuracy.predictor import AccuracyPredictor
@@ -33,17 +34,17 @@ from lowsearch.latency.profile import current_context, profile, staleness, usabl
 from lowsearch.latency.table import LatencyTable, check_fits, default_runtime
 from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
-from lowsearch.search.knowledge import SPACE_FILE, TABLE_FILE, target_of
+from lowsearch.search.knowledge import RECIPE_FILE, SPACE_FILE, TABLE_FILE, target_of
 from lowsearch.search.parts import FinalScore, Parts, Progress
-from lowsearch.search.settings import DEFAULT_DATA, StudySettings
+from lowsearch.search.settings import DEFAULT_DATA, StudySettings, stored_settings
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
-from lowsearch.train import Recipe, can_train, evaluate, recipe, require_trainable, train
+from lowsearch.train import Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, train
+from lowsearch.train.recipe import DEFAULT_RECIPE
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_FILE = "trust.jsonl"
-DEFAULT_RECIPE = "micro"
 LARGEST_EMBEDDED_PX = 96
 """The embedded images have 28 pixels: what they say about networks for more than this is not worth training for."""
 
@@ -70,7 +71,6 @@ def resolve(settings: StudySettings) -> StudySettings:
             hint="search by a score (--accuracy published, or the proxy --accuracy macs), or train on your images (--data folder:PATH)",
         )
     name = settings.recipe or DEFAULT_RECIPE
-    recipe(name)
     if settings.train_device is not None:
         require_trainable(settings.train_device)
     return dataclasses.replace(
@@ -80,12 +80,17 @@ def resolve(settings: StudySettings) -> StudySettings:
 
 
 def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
-    """Put the space and the latency table into the study's folder; measures the table where this machine has none yet."""
-    if not (folder / SPACE_FILE).exists():
-        write_atomically(folder / SPACE_FILE, SearchSpace.load(settings.space).text)
+    """Put the space, the recipe and the latency table into the study's folder; measures the table where this machine has none yet."""
+    schedule = _schedule(folder, settings)
     space, data = _space(folder, settings), _data(settings)
     if data is not None:
         space = space.with_num_classes(len(data.classes))
+        if schedule is not None:
+            check_recipe(schedule, num_classes=len(data.classes))
+    if not (folder / SPACE_FILE).exists():
+        write_atomically(folder / SPACE_FILE, SearchSpace.load(settings.space).text)
+    if schedule is not None and not (folder / RECIPE_FILE).exists():
+        write_atomically(folder / RECIPE_FILE, yaml.safe_dump(schedule.to_dict(), sort_keys=False))
     target = target_of(settings)
     stored = folder / TABLE_FILE
     if not stored.exists():
@@ -172,7 +177,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         assert data is not None and schedule is not None
         return train_final(arch, data, schedule, seed=seed, path=path, device=trains_on)
 
-    schedule = recipe(settings.recipe) if settings.recipe is not None else None
+    schedule = _schedule(folder, settings)
     trains_on = settings.train_device or "cpu"
     trains = data is not None and schedule is not None
     return Parts(
@@ -205,6 +210,20 @@ def train_final(arch: Arch, data: ImageData, schedule: Recipe, *, seed: int, pat
         val_accuracy=result.val_accuracy, test_accuracy=test_accuracy, n_val=len(data.val), n_test=len(data.test),
         cpu_seconds=result.cpu_seconds, details={"recipe": schedule.name, "curve": curve, "diverged": result.diverged},
     )  # fmt: skip
+
+
+def schedule_of_study(folder: Path) -> Recipe | None:
+    """The recipe that the study in `folder` trains by, or None where it trains nothing."""
+    settings = stored_settings(folder)
+    return None if settings is None else _schedule(folder, settings)
+
+
+def _schedule(folder: Path, settings: StudySettings) -> Recipe | None:
+    """As the study began with it, whatever became of the file it was read from since; studies from before that have only its name."""
+    if settings.recipe is None:
+        return None
+    stored = folder / RECIPE_FILE
+    return recipe(str(stored) if stored.exists() else settings.recipe)
 
 
 def _space(folder: Path, settings: StudySettings) -> SearchSpace:

@@ -31,6 +31,7 @@ from lowsearch.search.settings import STAND_INS, StudySettings, stored_settings
 from lowsearch.space import SearchSpace
 
 SPACE_FILE = "space.yaml"
+RECIPE_FILE = "recipe.yaml"
 TABLE_FILE = "latency_table.jsonl"
 
 

@@ -55,7 +55,7 @@ class StudySettings:
     train_device: TrainDevice | None = None
     """Where networks are trained; None for the GPU where a GPU of this machine is searched for, else the CPU."""
     recipe: str | None = None
-    """Training recipe by name; None for the one made for the data."""
+    """Training recipe, as `train.recipe` reads it; None for the one made for the data."""
     accuracy: AccuracyKind | None = None
     """`trained`, or what stands in for it: a proxy or the published trend; None for `trained`, where the data suit the space."""
     final_seeds: int | None = None

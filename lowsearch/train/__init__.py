@@ -1,6 +1,8 @@
 """Training one network: recipes, and a resumable, reproducible engine."""
 
-from lowsearch.train.engine import CurvePoint, TrainResult, can_train, evaluate, require_trainable, train
+from lowsearch.train.engine import CurvePoint, TrainResult, can_train, check_recipe, evaluate, require_trainable, train
 from lowsearch.train.recipe import RECIPES, Recipe, recipe
 
-__all__ = ["RECIPES", "CurvePoint", "Recipe", "TrainResult", "can_train", "evaluate", "recipe", "require_trainable", "train"]
+__all__ = [
+    "RECIPES", "CurvePoint", "Recipe", "TrainResult", "can_train", "check_recipe", "evaluate", "recipe", "require_trainable", "train",
+]  # fmt: skip

@@ -10,10 +10,11 @@ Legend: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,9 @@ import numpy as np
 from lowsearch.arch import Arch
 from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
 from lowsearch.errors import DataError, UsageError
+from lowsearch.train.augment import Augmentation, drawing_from, resampled
 from lowsearch.train.checkpoint import load_checkpoint, save_tensors
-from lowsearch.train.recipe import Recipe
+from lowsearch.train.recipe import Recipe, teacher_files
 from lowsearch.train.recorded import Recorded
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 CHECKPOINTS_PER_SCHEDULE = 20
 """A killed training loses at most this part of its schedule."""
 _EVALUATION_BATCH = 250
-_ORDER, _AUGMENTATION, _MODEL = 1, 2, 3  # what a random stream is for, so that no two share numbers
+_ORDER, _AUGMENTATION, _MODEL, _TIMM = 1, 2, 3, 4  # what a random stream is for, so that no two share numbers
 
 _log = logging.getLogger(__name__)
 
@@ -98,14 +100,16 @@ def train(
     seed: int,
     until: float = 1.0,
     checkpoint: Path | None = None,
+    init: Mapping[str, Tensor] | None = None,
     progress: Callable[[float], None] | None = None,
     device: str = "cpu",
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> TrainResult:
     """Train `arch` up to `until` of the full schedule, going on from `checkpoint` where it exists, and writing it on the way.
 
-    `progress` hears the fraction of the schedule done after every step. Raises DataError when the data has other classes than `arch`,
-    and StudyError when the checkpoint belongs to another training.
+    `init`: the state dict to start from, instead of random weights. `progress` hears the fraction of the schedule done after every step.
+    Raises DataError when the data has other classes than `arch`, StudyError when the checkpoint belongs to another training, and
+    CheckpointError when the recipe's teacher does not fit the data.
     """
     if arch.num_classes != len(data.classes):
         raise DataError(
@@ -117,7 +121,7 @@ def train(
     import torch
 
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
-        run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, cpu_clock=cpu_clock)
+        run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, cpu_clock=cpu_clock, init=init)
         return run.to(until, progress)
 
 
@@ -136,9 +140,28 @@ def require_trainable(device: str) -> None:
         raise UsageError("no CUDA device that this torch can use is attached", hint="train on the cpu")
 
 
+def check_recipe(recipe: Recipe, *, num_classes: int) -> None:
+    """Raise UsageError or CheckpointError where timm refuses the recipe's strings, or its teacher does not fit `num_classes`."""
+    if Augmentation.wanted(recipe):
+        Augmentation(recipe, resolution_px=32, total_stride=32, num_classes=num_classes)
+    if recipe.teacher is not None:
+        _teacher(recipe.teacher, num_classes)
+
+
 def evaluate(model: nn.Module, split: Split, resolution_px: int, *, device: str = "cpu") -> float:
     """Accuracy of `model` on the images of `split`, resized to `resolution_px`, computed on `device`, where `model` is moved."""
     return _score(model.to(device), _resized(split.images, resolution_px, device), _as_tensor(split.labels).to(device))[0]
+
+
+def hash_of_init(init: Mapping[str, Tensor] | None) -> str | None:
+    """Ten hexadecimal digits of the SHA-256 of the weights that a training starts from; None for random ones."""
+    if init is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in sorted(init.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:10]
 
 
 def network_input(images: np.ndarray, resolution_px: int) -> Tensor:
@@ -159,6 +182,7 @@ class _Run:
         checkpoint: Path | None,
         device: str,
         cpu_clock: Callable[[], float],
+        init: Mapping[str, Tensor] | None = None,
     ) -> None:
         import torch
 
@@ -169,23 +193,36 @@ class _Run:
         self.steps_per_epoch = recipe.steps_per_epoch(n_images)
         self.total_steps = recipe.total_steps(n_images)
         self.batch_size = min(recipe.batch_size, n_images)
-        self.train_images_BHWC = _resized(data.train.images[:n_images], arch.resolution_px, device)
+        self.batch_size -= self.batch_size % 2 if recipe.mixes else 0  # Mixing takes pairs.
+        # A crop is taken from the stored image and resampled once; everything else works on images of the network's resolution.
+        train_px = data.image_px if recipe.random_crop else arch.resolution_px
+        self.train_images_BHWC = _resized(data.train.images[:n_images], train_px, device)
         self.train_labels = _as_tensor(data.train.labels[:n_images]).to(device)
         self.val_images_BHWC = _resized(data.val.images, arch.resolution_px, device)
         self.val_labels = _as_tensor(data.val.labels).to(device)
         self.identity = {
             "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data_hash": data.data_hash, "seed": seed,
+            "init": hash_of_init(init),
         }  # fmt: skip
+        self.augmentation = None
+        if Augmentation.wanted(recipe):
+            self.augmentation = Augmentation(
+                recipe, resolution_px=arch.resolution_px, total_stride=arch.total_stride, num_classes=arch.num_classes
+            )
+        self.teacher = None if recipe.teacher is None else _teacher(recipe.teacher, arch.num_classes).to(device)
 
         model = build_model(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
+        if init is not None:
+            model.load_state_dict(init)
         # Channels last suits a CPU's convolutions; in a pilot bfloat16 was no faster, AMX or no AMX: these layers are too small.
         self.model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
-        # Dropout draws anew in every step, which a recording would have to be told; the recipes of small networks have none.
-        recorded = device != "cpu" and recipe.drop_path == recipe.mlp_dropout == 0
+        # Dropout draws anew in every step, which a recording would have to be told; the recipes of small networks have none. Batches
+        # of several resolutions would need a recording each. Augmentation and mixing are done before a step, and a teacher is recorded.
+        recorded = device != "cpu" and recipe.drop_path == recipe.mlp_dropout == 0 and not recipe.resolutions
         self._gradients = Recorded(self._compute_gradients, torch.cuda) if recorded else self._compute_gradients
         self.average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state().items()}
 
@@ -228,13 +265,18 @@ class _Run:
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.train_labels))
         chosen = _as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size]).to(self.device)
         rng = np.random.default_rng([self.seed, _AUGMENTATION, self.step])
-        x_BCHW = _normalised(_augmented(self.train_images_BHWC, chosen, recipe, rng))
+        images_BHWC, targets = _augmented(self.train_images_BHWC, chosen, recipe, rng), self.train_labels[chosen]
+        if self.augmentation is None:
+            x_BCHW = _normalised(images_BHWC)
+        else:
+            with drawing_from(np.random.default_rng([self.seed, _TIMM, self.step])):
+                x_BCHW, targets = self.augmentation.mixed(_normalised(self.augmentation.pixels(images_BHWC)), targets)
         torch.manual_seed(int(np.random.default_rng([self.seed, _MODEL, self.step]).integers(2**63)))  # dropout and stochastic depth
 
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _learning_rate_factor(self.step, self.total_steps, recipe.warmup_fraction)
-        loss, norm = self._gradients(x_BCHW, self.train_labels[chosen])
+        loss, norm = self._gradients(x_BCHW, targets)
         loss_value, norm_value = torch.stack([loss, norm]).tolist()  # A GPU is waited for once.
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             _log.warning(
@@ -247,13 +289,16 @@ class _Run:
         self.loss_sum += loss_value
         self.loss_steps += 1
 
-    def _compute_gradients(self, x_BCHW: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_gradients(self, x_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Leave clipped gradients in the parameters; the loss, and the gradients' norm before it was clipped."""
         import torch
-        import torch.nn.functional as F
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(x_BCHW), labels, label_smoothing=self.recipe.label_smoothing)
+        logits = self.model(x_BCHW)
+        loss = _loss(logits, targets, self.recipe)
+        if self.teacher is not None:
+            weight = self.recipe.teacher_weight
+            loss = (1 - weight) * loss + weight * _distillation(logits, self.teacher(x_BCHW), self.recipe.teacher_temperature)
         loss.backward()
         return loss.detach(), torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
 
@@ -371,6 +416,34 @@ def _learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -
     return 0.5 * (1 + math.cos(math.pi * (done - warmup_fraction) / (1 - warmup_fraction)))
 
 
+def _loss(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """Mean loss of `logits` (B, classes) for `targets`: class indices (B,), or shares (B, classes)."""
+    import torch.nn.functional as F
+
+    if recipe.loss == "cross-entropy":
+        return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+    classes = logits.shape[1]
+    shares = F.one_hot(targets, classes).to(logits.dtype) if targets.ndim == 1 else targets
+    return F.binary_cross_entropy_with_logits(logits, shares * (1 - recipe.label_smoothing) + recipe.label_smoothing / classes)
+
+
+def _distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Divergence of the teacher's probabilities from the network's (arXiv 1503.02531), in nats times the temperature's square."""
+    import torch.nn.functional as F
+
+    ours, theirs = (F.log_softmax(values / temperature, dim=1) for values in (logits, taught))
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
+
+
+def _teacher(teacher: str, num_classes: int) -> nn.Module:
+    from lowsearch.model.teacher import own_teacher, timm_teacher
+
+    name, files = teacher_files(teacher)
+    if name:
+        return timm_teacher(name, files[0], num_classes=num_classes, mean=IMAGE_MEAN, std=IMAGE_STD)
+    return own_teacher(files[0], files[1], num_classes=num_classes, mean=IMAGE_MEAN, std=IMAGE_STD)
+
+
 def _augmented(images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
     """The `chosen` of uint8 `images_BHWC`, each shifted and mirrored at random."""
     import torch
@@ -421,15 +494,12 @@ def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor) -> tuple[float
 def _resized(images: np.ndarray, px: int, device: str = "cpu") -> Tensor:
     """`images` (n, side, side, 3) as a uint8 tensor (n, px, px, 3) on `device`, resampled once with antialiasing."""
     import torch
-    import torch.nn.functional as F
 
     if images.shape[1] == px:
         return torch.from_numpy(np.ascontiguousarray(images)).to(device)
     out = torch.empty((len(images), px, px, 3), dtype=torch.uint8, device=device)
     for start in range(0, len(images), 500):
-        x_BCHW = torch.from_numpy(np.ascontiguousarray(images[start : start + 500])).to(device).permute(0, 3, 1, 2).float()
-        x_BCHW = F.interpolate(x_BCHW, size=(px, px), mode="bilinear", antialias=True, align_corners=False)
-        out[start : start + 500] = x_BCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        out[start : start + 500] = resampled(torch.from_numpy(np.ascontiguousarray(images[start : start + 500])).to(device), px)
     return out
 
 
