@@ -765,6 +765,13 @@ def train(
     ] = None,
     recipe_set: RecipeSetOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Train longer or shorter than the recipe says.")] = None,
+    init: Annotated[
+        Literal["random", "pretrained"],
+        typer.Option("--init", help="pretrained: start from what fits of the nearest published network's weights."),
+    ] = "random",
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="With --init pretrained: from this file of weights, instead of the hub.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     out: Annotated[
@@ -791,11 +798,15 @@ def train(
         schedule = dataclasses.replace(schedule, name=f"{schedule.name}-{epochs}ep", epochs=epochs)
     images = load_data(data or defaults.get("data") or "fashion-mnist-mini")
     network = dataclasses.replace(network, num_classes=len(images.classes))
-    folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}-s{seed}"
     require_trainable(device)
+    if weights is not None and init != "pretrained":
+        raise UsageError("--weights is given, but training starts from random weights", hint="--init pretrained")
+    start, origin = _pretrained(network, seed, weights) if init == "pretrained" else (None, None)
+    began = "" if origin is None else f"-from-{origin['source']}"
+    folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}{began}-s{seed}"
     with _progress() as progress:
         metrics = train_fully(
-            network, images, schedule, seed=seed, folder=folder, device=device,
+            network, images, schedule, seed=seed, folder=folder, init=start, origin=origin, device=device,
             progress=lambda done: progress(round(100 * done), 100, f"train {network.arch_id}"),
         )  # fmt: skip
     if as_json:
@@ -803,6 +814,21 @@ def train(
         return
     shown = ("arch_id", "data", "recipe", "seed", "val_accuracy", "test_accuracy", "test_accuracy_std", "cpu_seconds")
     _print_table("Trained", ["what", "value"], [*([k, _plain(metrics[k])] for k in shown), ["folder", str(folder)]])
+
+
+def _pretrained(network: Any, seed: int, weights: Path | None) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The weights that `network` starts from, and what it inherited, which is told."""
+    import dataclasses
+
+    from lowsearch.model.inherit import pretrained_start
+
+    model, inherited = pretrained_start(network, seed=seed, weights=weights)
+    without = [place for place, share in inherited.blocks.items() if not share]
+    _tell(
+        f"{100 * inherited.share:.1f} % of the parameters inherited from {inherited.source}"
+        + (f"; nothing by {', '.join(without)}" if without else "")
+    )
+    return model.state_dict(), {**dataclasses.asdict(inherited), "share": inherited.share}
 
 
 @app.command()

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.train.engine import evaluate, train
+from lowsearch.train.engine import evaluate, hash_of_init, train
 from lowsearch.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS = "metrics.json"
 
@@ -28,17 +31,20 @@ def train_fully(
     *,
     seed: int,
     folder: Path,
+    init: Mapping[str, Tensor] | None = None,
+    origin: Mapping[str, Any] | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Train `arch`, write arch.json, model.safetensors and metrics.json to `folder`, and return the metrics.
 
-    Accuracies are fractions, each with the standard error of its finite number of images. Raises StudyError where `folder` holds another
+    Accuracies are fractions, each with the standard error of its finite number of images. `init`: the state dict to start from, instead of
+    random weights; `origin`: where it is from, for the metrics. Raises StudyError where `folder` holds another
     training.
     """
     identity = {
         "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data": data.name,
-        "data_hash": data.data_hash, "seed": seed,
+        "data_hash": data.data_hash, "seed": seed, "init": hash_of_init(init),
     }  # fmt: skip
     stored = _stored(folder / METRICS)
     if stored is not None:
@@ -49,10 +55,11 @@ def train_fully(
             )
         return stored
     checkpoint = folder / "checkpoint.safetensors"
-    result = train(arch, data, recipe, seed=seed, checkpoint=checkpoint, progress=progress, device=device)
+    result = train(arch, data, recipe, seed=seed, checkpoint=checkpoint, init=init, progress=progress, device=device)
     test_accuracy = evaluate(result.model(), data.test, arch.resolution_px, device=device)
     metrics = {
         **identity,
+        **({"origin": dict(origin)} if origin is not None else {}),
         "val_accuracy": result.val_accuracy, "val_accuracy_std": _binomial_std(result.val_accuracy, len(data.val)),
         "test_accuracy": test_accuracy, "test_accuracy_std": _binomial_std(test_accuracy, len(data.test)),
         "diverged": result.diverged, "cpu_seconds": round(result.cpu_seconds, 2), "recipe_values": recipe.to_dict(),
