@@ -191,6 +191,14 @@ def test_erasing_replaces_one_rectangle_of_an_image() -> None:
         assert height * width == len(rows) and 0.01 < len(rows) / 1024 < 0.4
 
 
+@pytest.mark.parametrize("string", ["rand-m10-n15-inc1", "augmix-m10-w5", "original", "v0", "3a"])
+def test_every_operation_of_timm_runs_at_its_largest_magnitude(string: str, images: ImageData) -> None:
+    """Pillow 13 refuses what timm's `posterize` asks for there."""
+    pixels = torch.from_numpy(images.train.images[:48])
+    with drawing_from(np.random.default_rng(0)):
+        assert augmentation(auto_augment=string).pixels(pixels).shape == pixels.shape
+
+
 def test_crops_come_from_the_stored_image_and_fill_the_network_s_resolution(images: ImageData) -> None:
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
     with drawing_from(np.random.default_rng(0)):
@@ -420,3 +428,18 @@ def test_run_with_an_impossible_recipe_leaves_no_half_study(tmp_path: Path, monk
         assert invoke(["run", "--study", "s", *flags]) == 2
     assert not (tmp_path / "studies" / "s" / "study.yaml").exists()
     assert not (tmp_path / "studies" / "s" / "space.yaml").exists()
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_mixes_and_distils_as_well_from_a_recording(images: ImageData, everything: Recipe) -> None:
+    still = dataclasses.replace(everything, drop_path=0.0, mlp_dropout=0.0, resolutions=(), epochs=3)
+    recorded = train(SMALL, images, still, seed=0, device="cuda")
+    run = _Run(SMALL, images, still, seed=0, checkpoint=None, device="cuda", cpu_clock=time.process_time)
+    assert isinstance(run._gradients, Recorded)
+    run._gradients = run._compute_gradients
+    step_by_step = run.to(1.0, None)
+    assert [point.train_loss for point in recorded.curve] == pytest.approx([point.train_loss for point in step_by_step.curve], rel=1e-2)
+    several = dataclasses.replace(still, resolutions=(0.5, 1.0))
+    run = _Run(SMALL, images, several, seed=0, checkpoint=None, device="cuda", cpu_clock=time.process_time)
+    assert not isinstance(run._gradients, Recorded)
+    assert not run.to(1.0, None).diverged

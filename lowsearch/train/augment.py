@@ -105,8 +105,24 @@ class Augmentation:
                 f"recipe: auto_augment is {recipe.auto_augment!r}, which timm refuses ({error or type(error).__name__})",
                 hint="such as rand-m9-n2-mstd0.5-inc1, original or augmix-m3-w3",
             ) from error
+        if recipe.auto_augment:
+            _mend_posterize(change.transforms[0])
         chosen = [crop] if recipe.random_crop else []
         return tuple(chosen + ([change] if recipe.auto_augment else []))
+
+
+def _mend_posterize(transform: Any) -> None:
+    """At its largest magnitude timm asks Pillow to keep 0 bits of a pixel, which Pillow 13 refuses; earlier ones made the image black."""
+    from PIL import Image
+    from timm.data.auto_augment import posterize
+
+    def mended(image: Any, bits_to_keep: int, **options: Any) -> Any:
+        return posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
+
+    ops = transform.ops if hasattr(transform, "ops") else [op for policy in transform.policy for op in policy]
+    for op in ops:
+        if op.aug_fn is posterize:
+            op.aug_fn = mended
 
 
 def resampled(images_BHWC: Tensor, px: int) -> Tensor:
