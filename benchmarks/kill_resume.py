@@ -4,7 +4,8 @@
 
 Every verb runs once undisturbed and once under fire, in folders of its own. Between kills, what the files acknowledged (measured rows,
 trainings, finished trials) must still be there. At the end the killed run must have proposed the same networks in the same order, and
-trained the same weights, as the undisturbed one. Results go to benchmarks/results/kill_resume.json.
+trained the same weights, as the undisturbed one: `train` with all that a recipe draws at random. Results go to
+benchmarks/results/kill_resume.json.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def train(home: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     network = home / "arch.json"
     network.write_text(SearchSpace.load("lowformer-micro").family["micro-b-s"].to_json())
     command = ["train", "../arch.json", "--data", "npz:../small.npz", "--epochs", "20", "--out", "out"]
+    for change in ("random_crop=0.5", "auto_augment=rand-m9-n2-mstd0.5-inc1", "erasing=0.25", "mixup=0.2", "cutmix=1", "drop_path=0.1"):
+        command += ["--recipe-set", change]
     calm, fired = home / "train-calm", home / "train-fired"
     seconds = undisturbed(calm, command)
 
