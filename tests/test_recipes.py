@@ -414,11 +414,19 @@ def test_study_keeps_the_recipe_that_it_began_with(tmp_path: Path, monkeypatch: 
     folder.mkdir()
     with pytest.raises(StudyError, match="stop here"):
         prepare(folder, settings, None)
+    with pytest.raises(StudyError, match="stop here"):  # no study yet: another recipe may still be asked for
+        prepare(folder, dataclasses.replace(settings, recipe="mine.yaml"), None)
+    assert recipe(str(folder / "recipe.yaml")) == recipe("mine.yaml")
+    with pytest.raises(StudyError, match="stop here"):
+        prepare(folder, settings, None)
     began_with = recipe("mine.yaml,mixup=0.2")
     file.write_text("base: micro\nepochs: 9\n")
     (folder / "study.yaml").write_text(
         yaml.safe_dump({"schema": "lowsearch-study", "version": 1, "settings": settings.to_dict()}, sort_keys=False)
     )
+    assert schedule_of_study(folder) == began_with
+    with pytest.raises(StudyError, match="stop here"):
+        prepare(folder, settings, None)
     assert schedule_of_study(folder) == began_with
 
 

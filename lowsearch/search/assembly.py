@@ -81,6 +81,8 @@ def resolve(settings: StudySettings) -> StudySettings:
 
 def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
     """Put the space, the recipe and the latency table into the study's folder; measures the table where this machine has none yet."""
+    if stored_settings(folder) is None:  # What a run left that ended before the study was made says nothing.
+        (folder / RECIPE_FILE).unlink(missing_ok=True)
     schedule = _schedule(folder, settings)
     space, data = _space(folder, settings), _data(settings)
     if data is not None:
