@@ -256,6 +256,23 @@ class SearchSpace:
         """Every distinct block that a network of this space can contain, in a fixed order."""
         return self._compiled.blocks
 
+    @cached_property
+    def places(self) -> dict[str, tuple[Block, ...]]:
+        """Every place of `Arch.named_blocks()` that a network of this space can have, and the distinct blocks that can stand there."""
+        compiled, places = self._compiled, {}
+        slots = _slots(self.num_classes)
+        for slot, entries in zip(slots, np.split(np.arange(len(compiled.block_of_entry)), compiled.offsets[1:].astype(int)), strict=True):
+            found = [compiled.blocks[i] for i in np.unique(compiled.block_of_entry[entries]) if i >= 0]
+            if not found:
+                continue
+            if slot.depth_setting is None:
+                places[slot.name] = tuple(found)
+                continue
+            part = slot.name.partition(".")[0]
+            for number in range(1, max(self._choices(slot.depth_setting))):
+                places[f"{part}.{number}.{found[0].kind}"] = tuple(found)
+        return places
+
     def block_sums(self, values: np.ndarray) -> Scorer:
         """A scorer for populations: genomes (n, n_genes) -> (n, k), the sum of `values` over each network's blocks, repeats counted.
 
