@@ -845,6 +845,147 @@ def recipes(as_json: JsonFlag = False) -> None:
     _print_table("Recipes", ["field", *values], rows)
 
 
+supernets = typer.Typer(help="A supernet: all networks of a space in one store of weights.", rich_markup_mode=None)
+app.add_typer(supernets, name="supernet")
+
+
+@supernets.command("train")
+def train_supernet(
+    context: typer.Context,
+    space: SpaceOption = "lowformer-micro",
+    data: Annotated[str, typer.Option("--data", help="Data set, as of `lowsearch train`.")] = "fashion-mnist-mini",
+    budget: Annotated[str, typer.Option("--budget", help="Time to train, as 10m: the steps of the schedule are fixed by it.")] = "10m",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of a time.")] = None,
+    max_macs: Annotated[
+        float | None, typer.Option("--max-macs", help="Train only networks up to so many, as 13e6: most steps for your time.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the supernet's folder; default: from space and data.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Train all networks of a space together. Resumes where it stopped; under torchrun on several GPUs or processes."""
+    import dataclasses
+
+    from lowsearch import locations
+    from lowsearch.data import load_data
+    from lowsearch.space import SearchSpace
+    from lowsearch.train import require_trainable
+    from lowsearch.train.supernet import SupernetPlan, launched_ranks, read_plan, steps_within
+    from lowsearch.train.supernet import train_supernet as train_shared
+
+    seconds = parse_budget(budget)
+    require_trainable(device)
+    folder = locations.new("supernets") / _study_name(name or f"{Path(space).stem}-{Path(data.replace(':', '/')).stem}")
+    stored = read_plan(folder)
+    if stored is not None and not _was_typed(context, "data"):
+        data = stored.data
+    images = load_data(data)
+    with launched_ranks(device) as ranks:
+        asked: dict[str, Any] = {"max_macs": max_macs, "seed": seed, "steps": steps or 1}
+        if stored is None or _was_typed(context, "space"):
+            asked["space"] = SearchSpace.load(space).text
+        asked |= {"data": images.name, "data_hash": images.data_hash, "num_classes": len(images.classes), "processes": ranks.size}
+        if stored is None:
+            plan = SupernetPlan(**asked)
+            if steps is None:
+                plan = dataclasses.replace(plan, steps=steps_within(seconds, plan, images, device=device, ranks=ranks))
+        else:  # It goes on as it was made; what was typed must agree.
+            kept = {flag for flag in ("max_macs", "seed", "steps") if not _was_typed(context, flag)}
+            plan = dataclasses.replace(stored, **{key: value for key, value in asked.items() if key not in kept})
+        with _progress() as progress:
+            train_shared(plan, images, folder, device=device, ranks=ranks, progress=progress if ranks.rank == 0 else None)
+    if ranks.rank != 0:
+        return
+    facts = {"supernet": folder.name, "steps": plan.steps, "data": plan.data, "max_macs": plan.max_macs, "folder": str(folder)}
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_table("Supernet", ["what", "value"], [[key, _plain(value)] for key, value in facts.items()])
+        _tell(f"what its networks score: lowsearch supernet score {folder.name} --arch …")
+
+
+@supernets.command("score")
+def score_supernet(
+    name: Annotated[str, typer.Argument(help="Name or folder of a supernet.")],
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", help="A preset, an arch.json, a member of the space's family or, with --study, an id; may be repeated."),
+    ] = None,
+    study: Annotated[str | None, typer.Option("--study", help="Networks of this study: all of them, or those of --arch.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help="A study, or a records.jsonl: estimate accuracies as trained there, with an interval.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Data set, where it has moved; default: the supernet's.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Score networks by the weights of a supernet: ranks, or calibrated on trained networks, estimates of their accuracy."""
+    from lowsearch import cost as costs
+    from lowsearch.accuracy.ladder import RECORDS
+    from lowsearch.accuracy.records import AccuracyRecords
+    from lowsearch.accuracy.supernet import SupernetEstimator
+    from lowsearch.data import load_data
+    from lowsearch.train import require_trainable
+
+    if not (arch or study):
+        raise UsageError("no network was named", hint=f"lowsearch supernet score {name} --arch micro-b-s, or --study NAME")
+    require_trainable(device)
+    folder, plan = _supernet(name)
+    estimator = SupernetEstimator(folder, load_data(data or plan.data), device=device)
+    if study and not arch:
+        networks, _ = _networks_of_study(study, [""])
+        fitting = {key: network for key, network in networks.items() if estimator.holds(network)}
+        if len(fitting) < len(networks):
+            _tell(f"{len(networks) - len(fitting)} of {len(networks)} networks of the study are not ones that the supernet was trained for")
+    else:
+        fitting = {key: _network_in(estimator.space, key, study) if study else _member(estimator.space, key) for key in arch or ()}
+    with _progress() as progress:
+        if calibrate is not None:
+            records = Path(calibrate) if calibrate.endswith(".jsonl") else _study_folder(calibrate) / RECORDS
+            if not records.is_file():
+                raise UsageError(f"no trained networks: there is no {records}", hint="give a study, or a records.jsonl")
+            estimator.calibrate(AccuracyRecords(records), progress=progress)
+        scores = estimator.score(list(fitting.values()), progress=progress)
+    mean, std = estimator.estimate(list(fitting.values()))
+    rows = []
+    for key, score, top1, top1_std in zip(fitting, scores, mean, std, strict=True):
+        counted = costs.count(score.arch)
+        row: dict[str, Any] = {"network": key, "macs": counted.macs, "params": counted.params}
+        row |= {"inherited_accuracy": score.val_accuracy, "inherited_loss": score.val_loss, "unit": estimator.unit}
+        rows.append({**row, "estimate": float(top1), "estimate_std": float(top1_std)})
+    rows.sort(key=lambda row: row["estimate"], reverse=True)
+    if as_json:
+        _print_json({"supernet": folder.name, "unit": estimator.unit, "networks": rows})
+        return
+    if not rows:
+        _tell("none of the networks is one that the supernet was trained for")
+        return
+    what = "estimated accuracy" if estimator.unit == "top1" else "inherited accuracies: they rank, and are not what a training would give"
+    shown = [{**row, "estimate": f"{100 * row['estimate']:.2f} %", "estimate_std": f"{100 * row['estimate_std']:.2f} %"} for row in rows]
+    _print_rows(f"Supernet {folder.name}: {what}", shown)
+
+
+def _supernet(name: str) -> tuple[Path, Any]:
+    """The folder and the plan of a supernet by its name or folder."""
+    from lowsearch import locations
+    from lowsearch.train.supernet import PLAN, read_plan
+
+    found = Path(name) if (Path(name) / PLAN).is_file() else locations.find("supernets", name)
+    plan = read_plan(found) if found is not None else None
+    if found is None or plan is None:
+        known = sorted({p.parent.name for folder in locations.folders("supernets") for p in folder.glob(f"*/{PLAN}")})
+        raise StudyError(f"no supernet {name!r}", hint=f"known: {', '.join(known)}" if known else "lowsearch supernet train")
+    return found, plan
+
+
+def _member(space: Any, name: str) -> Any:
+    """A network by what a user calls it, with the space's number of classes."""
+    import dataclasses
+
+    return space.family[name] if name in space.family else dataclasses.replace(_network(name), num_classes=space.num_classes)
+
+
 @app.command()
 def proxies(
     arch: Annotated[

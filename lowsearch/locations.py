@@ -11,7 +11,7 @@ from typing import Literal
 
 from platformdirs import user_data_path
 
-Kind = Literal["search_spaces", "latency_tables", "studies", "insights"]
+Kind = Literal["search_spaces", "latency_tables", "studies", "insights", "supernets"]
 
 _PACKAGE = Path(__file__).resolve().parent
 

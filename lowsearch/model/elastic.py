@@ -28,7 +28,7 @@ from torch.func import functional_call
 from lowsearch.arch import Arch, Block, ConvBranch, Downsampler, Head, Lowtention, Mlp, StemConv
 from lowsearch.errors import CheckpointError
 from lowsearch.model.blocks import build_block, init_weights
-from lowsearch.model.lowformer import LowFormer, build_model
+from lowsearch.model.lowformer import LowFormer
 from lowsearch.space import SearchSpace
 
 Piece = tuple[slice, ...]
@@ -74,9 +74,7 @@ class Cut:
 
     def pieces(self, stored: tuple[int, ...]) -> list[Piece]:
         """The parts of a tensor of shape `stored` that make the parameter, in order, along the first axis."""
-        whole = [
-            axis.within(size) if isinstance(axis, Taps) else slice(0, axis) for axis, size in zip(self.axes, stored, strict=True)
-        ]
+        whole = [axis.within(size) if isinstance(axis, Taps) else slice(0, axis) for axis, size in zip(self.axes, stored, strict=True)]
         if self.groups == 1:
             return [tuple(whole)]
         columns = whole[2].stop
@@ -217,10 +215,15 @@ class Supernet:
         return functional_call(shell, self.cut(arch), (x,), strict=True)
 
     def subnet(self, arch: Arch) -> LowFormer:
-        """The network `arch` on its own, on the CPU, with a copy of its weights; BatchNorm's running statistics are still to be estimated."""
-        model = build_model(arch)
-        fresh = {key: value for key, value in model.state_dict().items() if key not in dict(model.named_parameters())}
-        model.load_state_dict({**fresh, **{key: value.detach().cpu() for key, value in self.cut(arch).items()}}, strict=True)
+        """The network `arch` on its own, on the CPU, with a copy of its weights. BatchNorm's statistics are those of a fresh one."""
+        with torch.device("meta"):
+            model = LowFormer(arch)
+        model.to_empty(device="cpu")
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.reset_running_stats()
+        statistics = dict(model.named_buffers())
+        model.load_state_dict({**statistics, **{key: value.detach() for key, value in self.cut(arch).items()}}, strict=True)
         return model
 
     @torch.no_grad()
