@@ -167,7 +167,8 @@ class Supernet:
         self.space = space
         extents: dict[str, list[int]] = {}
         for place, blocks in space.places.items():
-            for cut in {cut for block in blocks for cut in cuts_of(block).values()}:
+            # In one order in every process: gradients are exchanged by it.
+            for cut in dict.fromkeys(cut for block in blocks for cut in cuts_of(block).values()):
                 known = extents.setdefault(f"{place}.{cut.key}", [0] * len(cut.axes))
                 known[:] = map(max, known, cut.extent)
         self.weights: dict[str, Tensor] = {key: torch.zeros(extent) for key, extent in extents.items()}
