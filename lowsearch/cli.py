@@ -961,9 +961,13 @@ def score_supernet(
     if not rows:
         _tell("none of the networks is one that the supernet was trained for")
         return
-    what = "estimated accuracy" if estimator.unit == "top1" else "inherited accuracies: they rank, and are not what a training would give"
-    shown = [{**row, "estimate": f"{100 * row['estimate']:.2f} %", "estimate_std": f"{100 * row['estimate_std']:.2f} %"} for row in rows]
-    _print_rows(f"Supernet {folder.name}: {what}", shown)
+    if estimator.unit == "top1":
+        shown = [
+            {**row, "estimate": f"{100 * row['estimate']:.2f} %", "estimate_std": f"{100 * row['estimate_std']:.2f} %"} for row in rows
+        ]
+        _print_rows(f"Supernet {folder.name}: estimated accuracy", shown)
+    else:
+        _print_rows(f"Supernet {folder.name}: estimate is minus the inherited loss; it ranks, and is no accuracy of a training", rows)
 
 
 def _supernet(name: str) -> tuple[Path, Any]:

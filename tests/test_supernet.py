@@ -28,7 +28,8 @@ from lowsearch.data import ImageData, load_data
 from lowsearch.errors import DataError, NotInSpaceError, StudyError, UsageError
 from lowsearch.model.elastic import Supernet
 from lowsearch.space import SearchSpace
-from lowsearch.train import CurvePoint, Recipe
+from lowsearch.train import CurvePoint, Recipe, evaluate
+from lowsearch.train.engine import network_input
 from lowsearch.train.supernet import (
     CHECKPOINT,
     PLAN,
@@ -330,16 +331,29 @@ def test_statistics_are_those_of_the_images(space: SearchSpace) -> None:
 def test_the_largest_with_estimated_statistics_scores_as_with_those_of_batches(images: ImageData, learned: Path) -> None:
     supernet = load_supernet(learned)
     largest, _ = extremes(supernet.space)
-    estimated, _ = validate(inherit(supernet, largest, images), images, largest.resolution_px)
-    from lowsearch.train.engine import network_input
-
+    with torch.no_grad():  # Nothing to BatchNorm with statistics of its input, everything to one with others.
+        supernet.weights["stem.conv.conv.weight"].mul_(10)
+    estimated, *_ = validate(inherit(supernet, largest, images), images, largest.resolution_px)
     with torch.no_grad():
         logits = supernet.logits(largest, network_input(images.val.images, largest.resolution_px))
     by_batch = float((logits.argmax(1).numpy() == images.val.labels).mean())
-    assert by_batch > 0.5, "it has learned"
+    assert by_batch > 0.35, "it has learned"
     assert abs(estimated - by_batch) < 0.03
-    unestimated, _ = validate(supernet.subnet(largest), images, largest.resolution_px)
+    unestimated, *_ = validate(supernet.subnet(largest), images, largest.resolution_px)
     assert unestimated < by_batch - 0.1, "fresh statistics would not do"
+
+
+def test_validation_is_the_mean_over_images_and_its_standard_error(images: ImageData, learned: Path) -> None:
+    supernet = load_supernet(learned)
+    arch = extremes(supernet.space)[1]
+    model = inherit(supernet, arch, images)
+    accuracy, loss, loss_std = validate(model, images, arch.resolution_px)
+    with torch.no_grad():
+        logits = model(network_input(images.val.images, arch.resolution_px))
+    labels = torch.from_numpy(images.val.labels)
+    each = F.cross_entropy(logits, labels, reduction="none").double()
+    assert accuracy == evaluate(model, images.val, arch.resolution_px)
+    assert np.isclose(loss, each.mean(), rtol=1e-5) and np.isclose(loss_std, each.std() / np.sqrt(len(each)), rtol=1e-2)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------------------
@@ -365,7 +379,7 @@ def test_scores_are_those_of_the_networks_and_are_computed_once(
     scores = estimator.score(archs[:3])
     assert [score.arch for score in scores] == archs[:3]
     expected = validate(inherit(estimator.supernet, archs[1], images), images, archs[1].resolution_px)
-    assert (scores[1].val_accuracy, scores[1].val_loss) == expected
+    assert (scores[1].val_accuracy, scores[1].val_loss, scores[1].val_loss_std) == expected
     with (learned / SCORES).open("a") as file:
         file.write('{"torn')
     monkeypatch.setattr(scoring, "inherit", lambda *_, **__: pytest.fail("computed again"))
@@ -388,13 +402,14 @@ def test_scores_are_ranks_until_trained_networks_calibrate_them(
     genomes = np.array([space.encode(arch) for arch in archs])
     mean, std = estimator.predict(genomes)
     assert estimator.unit == "rank"
-    assert np.allclose(std, np.sqrt(mean * (1 - mean) / len(images.val)))
-    trained = 0.9 + 0.1 * mean
+    scores = estimator.score(archs)
+    assert mean.tolist() == [-score.val_loss for score in scores] and std.tolist() == [score.val_loss_std for score in scores]
+    trained = 0.9 + 0.1 * np.array([score.val_accuracy for score in scores])
     estimator.calibrate([record(arch, accuracy, images) for arch, accuracy in zip(archs[:8], trained[:8], strict=True)])
     assert estimator.unit == "top1"
     estimates, spread = estimator.predict(genomes)
     assert np.all(np.abs(estimates - trained) < 3 * spread) and np.all(spread < 0.05)
-    assert np.abs(estimates - trained).max() < np.abs(mean - trained).max() / 5
+    assert np.abs(estimates - trained).max() < 0.02
 
 
 def test_calibration_learns_what_inherited_scores_leave_out() -> None:

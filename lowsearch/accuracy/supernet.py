@@ -1,8 +1,9 @@
 """How networks score with weights inherited from a supernet, and what that says about their accuracy after a training of their own.
 
-An inherited accuracy ranks (`unit` is `rank`): it is an accuracy on the validation images, but not the one that a training would give.
-Calibrated on a few trained networks it becomes an estimate of theirs (`top1`): a Gaussian process, linear in the inherited accuracy and
-loss and in log MACs and log params, whose interval is rescaled by its leave-one-out errors. Scores are kept beside the supernet.
+An inherited score ranks (`unit` is `rank`): minus the loss on the validation images, which tells more than the accuracy while all
+accuracies are still low, and neither is what a training would give. Calibrated on a few trained networks it becomes an estimate of
+theirs (`top1`): a Gaussian process, linear in the inherited accuracy and loss and in log MACs and log params, whose interval is rescaled
+by its leave-one-out errors. Scores are kept beside the supernet.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ MIN_TRAINED = 5
 """Fewer trained networks do not calibrate."""
 _DOUBT = 4
 """Networks whose errors are as the process expects, added to those that were left out when its interval is rescaled."""
+_WORST_LOSS = 1000.0
 Unit = Literal["rank", "top1"]
+"""Minus a loss, for ranking; or an accuracy, as a fraction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +46,14 @@ class InheritedScore:
     val_accuracy: float
     val_loss: float
     """Mean cross-entropy."""
+    val_loss_std: float
+    """Its standard error over images."""
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready values; `from_dict` inverts it."""
         return {
-            "arch_id": self.arch.arch_id, "val_accuracy": self.val_accuracy, "val_loss": self.val_loss, "arch": self.arch.to_dict()
+            "arch_id": self.arch.arch_id, "val_accuracy": self.val_accuracy, "val_loss": self.val_loss, "val_loss_std": self.val_loss_std,
+            "arch": self.arch.to_dict(),
         }  # fmt: skip
 
     @classmethod
@@ -56,7 +62,8 @@ class InheritedScore:
         arch = Arch.from_dict(values["arch"])  # pyright: ignore[reportArgumentType]
         if values["arch_id"] != arch.arch_id:
             raise ValueError(f"arch_id {values['arch_id']!r} is not that of its network")
-        return cls(arch=arch, val_accuracy=float(values["val_accuracy"]), val_loss=float(values["val_loss"]))  # pyright: ignore[reportArgumentType]
+        numbers = {name: float(values[name]) for name in ("val_accuracy", "val_loss", "val_loss_std")}  # pyright: ignore[reportArgumentType]
+        return cls(arch=arch, **numbers)
 
 
 class SupernetEstimator:
@@ -100,9 +107,10 @@ class SupernetEstimator:
         for number, arch in enumerate(archs, start=1):
             if arch.arch_id not in self._known:
                 model = inherit(self.supernet, arch, self.data, device=self.device)
-                accuracy, loss = validate(model, self.data, arch.resolution_px, device=self.device)
-                # A network whose loss is no number ranks below all others.
-                self._append(InheritedScore(arch=arch, val_accuracy=accuracy, val_loss=loss if math.isfinite(loss) else 1e3))
+                accuracy, loss, loss_std = validate(model, self.data, arch.resolution_px, device=self.device)
+                if not math.isfinite(loss + loss_std):  # It ranks below all others.
+                    loss, loss_std = _WORST_LOSS, 0.0
+                self._append(InheritedScore(arch=arch, val_accuracy=accuracy, val_loss=loss, val_loss_std=loss_std))
             scores.append(self._known[arch.arch_id])
             if progress is not None:
                 progress(number, len(archs), "supernet scores")
@@ -136,12 +144,11 @@ class SupernetEstimator:
         return self
 
     def estimate(self, archs: Sequence[Arch], *, progress: Callable[[int, int, str], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, std) of every network, (n,) each, as fractions. In `rank`, std is that of a finite number of validation images."""
+        """(mean, std) of every network, (n,) each, in `unit`. In `rank`, std is that of a finite number of validation images."""
         scores = self.score(archs, progress=progress)
         if self._fitted is not None:
             return self._fitted.predict(features_of(scores))
-        mean = np.array([score.val_accuracy for score in scores])
-        return mean, np.sqrt(mean * (1 - mean) / len(self.data.val))
+        return np.array([-score.val_loss for score in scores]), np.array([score.val_loss_std for score in scores])
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `estimate`, of genomes (n, n_genes). For shortlists: what is not on file takes seconds a network."""
