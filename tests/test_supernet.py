@@ -332,7 +332,9 @@ def test_the_largest_with_estimated_statistics_scores_as_with_those_of_batches(i
     supernet = load_supernet(learned)
     largest, _ = extremes(supernet.space)
     with torch.no_grad():  # Nothing to BatchNorm with statistics of its input, everything to one with others.
-        supernet.weights["stem.conv.conv.weight"].mul_(10)
+        for key in ("stem.conv.conv.weight", "head.conv.weight"):
+            weight = supernet.weights[key]
+            weight.mul_(torch.logspace(0, 3, len(weight)).view(-1, 1, 1, 1))
     estimated, *_ = validate(inherit(supernet, largest, images), images, largest.resolution_px)
     with torch.no_grad():
         logits = supernet.logits(largest, network_input(images.val.images, largest.resolution_px))

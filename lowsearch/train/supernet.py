@@ -284,11 +284,12 @@ def estimate_statistics(model: nn.Module, images_BHWC: Tensor) -> None:
 
 
 def validate(model: nn.Module, data: ImageData, resolution_px: int, *, device: str = "cpu") -> tuple[float, float, float]:
-    """(accuracy, mean cross-entropy, its standard error over images) of `model` on the validation images."""
+    """(accuracy, mean cross-entropy, its standard error over images) of `model` on the validation images, in evaluation mode."""
     import torch
     import torch.nn.functional as F
 
     images_BHWC, labels = _resized(data.val.images, resolution_px, device), _as_tensor(data.val.labels).to(device)
+    model.eval()
     correct, losses = 0, []
     with torch.inference_mode():
         for x_BHWC, targets in zip(images_BHWC.split(_STATISTICS_BATCH), labels.split(_STATISTICS_BATCH), strict=True):
