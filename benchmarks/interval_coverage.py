@@ -50,7 +50,7 @@ def coverage(space: SearchSpace, records: Sequence[AccuracyRecord]) -> dict[str,
     full = {r.arch_id: r for r in records if r.rung >= 1}
     low = {r.arch_id: r for r in records if r.rung < 1}
     names = sorted({r.arch_id for r in records})
-    inside: dict[str, list[bool]] = {"predict": [], "predict_exact": [], "predict_record": []}
+    inside: dict[str, list[bool]] = {"predict": [], "predict_exact": [], "forecast": []}
     widths: dict[str, list[float]] = {name: [] for name in inside}
     empty = AccuracyPredictor(space)
     for repeat in range(REPEATS):
@@ -66,9 +66,9 @@ def coverage(space: SearchSpace, records: Sequence[AccuracyRecord]) -> dict[str,
                 widths[name] += std.tolist()
             for arch_id, accuracy in zip(held, truth, strict=True):
                 if arch_id in low:
-                    mean, std = predictor.predict_record(low[arch_id])
-                    inside["predict_record"].append(bool(abs(mean - accuracy) <= WIDTH_90 * std))
-                    widths["predict_record"].append(std)
+                    mean, std = predictor.forecast(low[arch_id])
+                    inside["forecast"].append(bool(abs(mean - accuracy) <= WIDTH_90 * std))
+                    widths["forecast"].append(std)
     return {
         "n_networks": len(names), "n_full": len(full),
         **{name: {"coverage": float(np.mean(hits)), "mean_std": float(np.mean(widths[name]))} for name, hits in inside.items()},
@@ -85,7 +85,7 @@ def main() -> None:
     result["records"] = {args.study.name: coverage(*of_study(args.study)), "random networks of lowest_rung": coverage(*of_lowest_rung())}
     for name, found in result["records"].items():
         print(f"{name}: {found['n_full']} networks trained fully, of {found['n_networks']}")
-        for what in ("predict", "predict_exact", "predict_record"):
+        for what in ("predict", "predict_exact", "forecast"):
             share = found[what]["coverage"]
             verdict = "as asked" if TARGET[0] <= share <= TARGET[1] else "off target"
             print(

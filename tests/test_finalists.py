@@ -26,7 +26,7 @@ from lowsearch.search.finalists import (
 )
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.settings import StudySettings
-from lowsearch.search.shortlist import MAX_SHORTLISTED, Measurement, Measurements, measure, shortlist, write_shortlist
+from lowsearch.search.shortlist import MAX_SHORTLISTED, Measurement, Measurements, _draws, measure, shortlist, write_shortlist
 from lowsearch.search.storage import Candidate
 
 SPACE = fakes.SPACE
@@ -109,6 +109,53 @@ def test_dominated_proposals_fill_up():
     chosen = chosen_from(found)
     assert len(chosen) == MIN_PROPOSALS
     assert SPACE.decode(genomes[best]).arch_id in {f.arch_id for f in chosen}
+
+
+def cover_of_pool(seed, *, n=60, size=9):
+    """True hypervolume of `size` networks of a closed pool: chosen by single trainings, by estimates, and by draws from estimates."""
+    rng = np.random.default_rng(seed)
+    log_ms = rng.uniform(0, 1, n)
+    trend, spread = 0.8 + 0.06 * log_ms, 0.015
+    truth = trend + spread * rng.normal(size=n)
+    noise = np.where(rng.random(n) < 0.4, 0.005, 0.015)  # Some were trained to the end, others half way.
+    seen = truth + noise * rng.normal(size=n)
+    weight = spread**2 / (spread**2 + noise**2)
+    estimate = weight * seen + (1 - weight) * trend
+    reference = np.array([-0.75, 1.05])
+    volumes = []
+    for accuracy, std in ((seen, None), (estimate, None), (estimate, np.sqrt(weight) * noise)):
+        costs = np.stack([-accuracy, log_ms], axis=1)
+        draws = costs[None] if std is None else _draws(dataclasses.replace(SETTINGS, seed=seed), costs, std)[:16]
+        chosen, rest = [], list(range(n))
+        while len(chosen) < size:  # Layer by layer, as `best_cover` fills up.
+            chosen += [rest[i] for i in pareto.greedy_cover(draws[:, rest], reference, size - len(chosen))]
+            rest = [i for i in range(n) if i not in chosen]
+        volumes.append(pareto.hypervolume(np.stack([-truth[chosen], log_ms[chosen]], axis=1), reference))
+    return volumes
+
+
+def test_the_cover_by_expected_gain_is_truly_larger_than_that_by_single_trainings_and_not_smaller_than_that_by_estimates():
+    by_training, by_estimate, by_draws = np.array([cover_of_pool(seed) for seed in range(200)]).T
+    gain = by_draws - by_training
+    assert gain.mean() > 4 * gain.std() / math.sqrt(len(gain))
+    assert by_draws.mean() > by_estimate.mean()
+
+
+def test_one_good_training_does_not_shut_out_faster_networks_that_may_be_as_good():
+    genomes = SPACE.sample(400, rng=np.random.default_rng(2))
+    genomes = genomes[np.argsort(ms([SPACE.decode(g) for g in genomes]))][::20]
+    found = [candidate(i, g, accuracy=0.84, accuracy_std=0.008) for i, g in enumerate(genomes)]
+    found[0] = dataclasses.replace(found[0], accuracy=0.86, accuracy_std=0.002)
+    found[8] = dataclasses.replace(found[8], accuracy=0.87, accuracy_std=0.005)
+    for i in (3, 12):
+        found[i] = dataclasses.replace(found[i], accuracy=0.857, accuracy_std=0.012)  # Worse than a faster one, if its estimate is right.
+
+    def chosen(candidates):
+        costs = np.array([[-c.accuracy, math.log(ms([SPACE.decode(c.genome)])[0])] for c in candidates])
+        return set(pareto.greedy_cover(_draws(SETTINGS, costs, np.array([c.accuracy_std for c in candidates])), REFERENCE, 4))
+
+    assert chosen([dataclasses.replace(c, accuracy_std=0.0) for c in found]) == {0, 8}
+    assert {0, 3, 8} < chosen(found)
 
 
 def test_a_few_proposals_are_all_chosen():

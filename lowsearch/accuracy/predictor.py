@@ -1,9 +1,11 @@
 """What a network would score on the full schedule, with an interval, before or while it is trained.
 
-Three sources, each with its own uncertainty: a fully trained network is its measured accuracy, give or take the seed; a partly trained
-one is extrapolated from its curve, as those that went further did; an untrained one is a regression on the architecture (log MACs, log
-params, the space's features) over all of them. `predict` is the linear part of that regression, for populations inside the search;
-`predict_exact` adds what is not linear, for a shortlist. Intervals are rescaled by how far leave-one-out predictions were off.
+Three sources, each with its own uncertainty: a fully trained network scored what it scored, give or take the seed; a partly trained one is
+extrapolated from its curve, as those that went further did; an untrained one is a regression on the architecture (log MACs, log params,
+the space's features) over all of them. `predict` is the linear part of that regression, for populations inside the search; `predict_exact`
+adds what is not linear, for a shortlist. `predict_record` and `posterior` join a network's own training with what the regression, left
+without it, expects of it: the best of many trainings are the lucky ones, and another seed would not repeat their luck. Intervals are
+rescaled by how far leave-one-out predictions were off.
 """
 
 from __future__ import annotations
@@ -73,13 +75,15 @@ class AccuracyPredictor:
                 by_arch[record.arch_id].append(record)
         estimates = [self._estimate(group) for group in by_arch.values()]
         self._index = {arch_id: i for i, arch_id in enumerate(by_arch)}
+        self._diverged = np.array([any(r.diverged for r in group) for group in by_arch.values()], dtype=bool)
         self._is_full = np.array([max(r.curve[-1].fraction for r in group) >= 1.0 for group in by_arch.values()], dtype=bool)
         self._observed = np.array([mean for mean, _ in estimates])
-        noise = np.array([var for _, var in estimates])
+        self._noise_var = noise = np.array([var for _, var in estimates])
 
-        genomes = [self.space.encode(group[0].arch) for group in by_arch.values()]
-        points = self._points(np.array(genomes, dtype=np.int8).reshape(-1, self.space.n_genes))
-        residual = self._robust(by_arch) - self._prior_mean(points)
+        genomes = np.array([self.space.encode(group[0].arch) for group in by_arch.values()], dtype=np.int8).reshape(-1, self.space.n_genes)
+        self._places = {genome.tobytes(): i for i, genome in enumerate(genomes)}
+        points = self._points(genomes)
+        residual = self._robust() - self._prior_mean(points)
         linear = GaussianProcess(points, residual, noise, curved=False)
         self._exact = GaussianProcess(points, residual, noise, curved=True)
         self._linear_scale = self._calibration(linear, residual)
@@ -90,7 +94,13 @@ class AccuracyPredictor:
         self._root = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
         self._linear_noise = linear.lack_of_fit_var
         self._points_fitted = points
+        self._left_out = self._exact.leave_one_out() if len(points) else (np.empty(0), np.empty(0))
         return self
+
+    @property
+    def seed_std(self) -> float:
+        """Spread of one network's full-schedule accuracy over seeds."""
+        return math.sqrt(self._seed_var)
 
     @property
     def n_networks(self) -> int:
@@ -127,24 +137,45 @@ class AccuracyPredictor:
         return self._prior_mean(points) - self._prior_mean(origin) + residual, self._exact_scale * np.sqrt(variance)
 
     def predict_record(self, record: AccuracyRecord) -> tuple[float, float]:
-        """(mean, std) of the full-schedule accuracy of the network of `record`, from its curve and its architecture together."""
+        """(mean, std) of the full-schedule accuracy of the network of `record`, as a mean over seeds: from its curve and its architecture.
+
+        A full training too counts by the variance over seeds against that of the regression. One that diverged is what it scored.
+        """
+        known = self._index.get(record.arch_id)
+        if known is not None and self._is_full[known] and record.curve[-1].fraction >= 1.0:  # Maybe trained with several seeds.
+            own = float(self._observed[known]), float(self._noise_var[known])
+        else:
+            own = self._estimate([record])
+        if record.diverged or not self.space.contains(record.arch):
+            return own[0], math.sqrt(own[1])
+        return _joined(own, self._expected(record))
+
+    def forecast(self, record: AccuracyRecord) -> tuple[float, float]:
+        """(mean, std) of what the training of `record`, with its seed, scores at the end of the schedule."""
         mean, var = self._estimate([record])
+        var = max(0.0, var - self._seed_var)
         if record.curve[-1].fraction >= 1.0 or not self.space.contains(record.arch):
             return mean, math.sqrt(var)
-        known = self._index.get(record.arch_id)
-        if known is None:
-            prior_mean, prior_std = (float(v[0]) for v in self.predict_exact(self.space.encode(record.arch)[None]))
-            prior_var = prior_std**2
-        else:  # The regression has seen this very network: ask it as if it had not.
-            prior_mean, prior_var = self._without(known)
-        weight = prior_var / (prior_var + var)
-        return min(1.0, max(0.0, weight * mean + (1 - weight) * prior_mean)), math.sqrt(weight * var)
+        prior_mean, prior_var = self._expected(record)
+        return _joined((mean, var), (prior_mean, prior_var + self._seed_var))
+
+    def posterior(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `predict_record`, of the networks that were learned from, from all that is on record of them: (mean, std), (n,) each.
+
+        NaN for any other genome.
+        """
+        mean, std = np.full(len(genomes), np.nan), np.full(len(genomes), np.nan)
+        for row, genome in enumerate(np.asarray(genomes, dtype=np.int8)):
+            if (i := self._places.get(genome.tobytes())) is not None:
+                own = float(self._observed[i]), float(self._noise_var[i])
+                mean[row], std[row] = (own[0], math.sqrt(own[1])) if self._diverged[i] else _joined(own, self._without(i))
+        return mean, std
 
     def leave_one_out(self) -> LeaveOneOut:
         """Predictions of every fully trained network by `predict_exact`'s process fitted to all others."""
         if not self.n_networks:
             return LeaveOneOut(arch_ids=(), observed=np.empty(0), predicted=np.empty(0), std=np.empty(0))
-        mean, variance = self._exact.leave_one_out()
+        mean, variance = self._left_out
         chosen = np.flatnonzero(self._is_full)
         names = tuple(self._index)
         return LeaveOneOut(
@@ -161,26 +192,35 @@ class AccuracyPredictor:
         return PRIOR_ACCURACY + PRIOR_GAIN * points.cost[:, 0]
 
     def _estimate(self, group: Sequence[AccuracyRecord]) -> tuple[float, float]:
-        """(mean, variance) of the full-schedule accuracy of one network from its furthest trainings, one a seed."""
+        """What the furthest trainings of one network, one a seed, say of its full-schedule accuracy: mean, variance about that of all seeds."""
         furthest = max(r.curve[-1].fraction for r in group)
         scores = {r.seed: r.curve[-1].val_accuracy for r in group if r.curve[-1].fraction == furthest}
         if furthest >= 1.0:
             return float(np.mean(list(scores.values()))), self._seed_var / len(scores)
         guesses = [self._curves.extrapolate(furthest, accuracy) for accuracy in scores.values()]
-        return float(np.mean([m for m, _ in guesses])), float(np.mean([v for _, v in guesses]))
+        return float(np.mean([m for m, _ in guesses])), float(np.mean([v for _, v in guesses])) + self._seed_var / len(scores)
 
-    def _robust(self, by_arch: dict[str, list[AccuracyRecord]]) -> np.ndarray:
+    def _robust(self) -> np.ndarray:
         """The observations, with diverged networks at the lowest accuracy of the others: they were bad, but how bad says nothing."""
-        diverged = np.array([any(r.diverged for r in group) for group in by_arch.values()], dtype=bool)
-        floor = self._observed[~diverged].min() if (~diverged).any() else 0.0
-        return np.where(diverged, np.maximum(self._observed, floor), self._observed)
+        floor = self._observed[~self._diverged].min() if (~self._diverged).any() else 0.0
+        return np.where(self._diverged, np.maximum(self._observed, floor), self._observed)
+
+    def _expected(self, record: AccuracyRecord) -> tuple[float, float]:
+        """What the regression expects of the network of `record`: (mean, variance) of its accuracy as a mean over seeds.
+
+        A regression that has seen this very network is asked as if it had not.
+        """
+        known = self._index.get(record.arch_id)
+        if known is not None:
+            return self._without(known)
+        mean, std = (float(values[0]) for values in self.predict_exact(self.space.encode(record.arch)[None]))
+        return mean, std**2 - self._seed_var
 
     def _without(self, index: int) -> tuple[float, float]:
-        """(mean, variance) of the fitted network at `index`, its own observation left out."""
-        mean, variance = self._exact.leave_one_out()
-        own_noise = self._exact.noise_var[index]
-        prior = self._prior_mean(self._points_fitted)[index]
-        return float(mean[index] + prior), float(self._exact_scale**2 * max(variance[index] - own_noise, 1e-12) + self._seed_var)
+        """`_expected` of the fitted network at `index`, its own observation left out."""
+        mean, variance = (float(values[index]) for values in self._left_out)
+        prior = float(self._prior_mean(self._points_fitted)[index])
+        return mean + prior, self._exact_scale**2 * max(variance - self._noise_var[index], 1e-12)
 
     def _calibration(self, process: GaussianProcess, residual: np.ndarray) -> float:
         """Factor on standard deviations that would have made COVERAGE of the leave-one-out intervals hold, drawn towards 1 by few."""
@@ -248,6 +288,12 @@ def _seed_variance(records: Sequence[AccuracyRecord]) -> float:
     squares = sum(float(((g - g.mean()) ** 2).sum()) for g in groups)
     df = sum(len(g) - 1 for g in groups)
     return (squares + 4 * SEED_STD**2) / (df + 4)
+
+
+def _joined(own: tuple[float, float], prior: tuple[float, float]) -> tuple[float, float]:
+    """Of two independent (mean, variance) of one accuracy, (mean, std) of what they say together."""
+    weight = prior[1] / (prior[1] + own[1])
+    return min(1.0, max(0.0, weight * own[0] + (1 - weight) * prior[0])), math.sqrt(weight * own[1])
 
 
 def _log_error(accuracy: float) -> float:

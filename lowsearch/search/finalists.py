@@ -247,7 +247,7 @@ def write_finals(
             row |= _trained_columns(scores[f.arch_id], seed_std, seed_std_origin)
             row |= {"weights": f"models/{f.arch_id}/model.safetensors", "estimated_accuracy": f.estimated_accuracy}
         elif not math.isnan(f.estimated_accuracy):
-            row |= accuracy_columns(settings, f.estimated_accuracy, f.accuracy_std, f.rung)
+            row |= accuracy_columns(settings, f.estimated_accuracy, f.accuracy_std)
         rows.append(row)
     for row, on_front in zip(rows, _on_front(settings, rows), strict=True):
         row["on_front"] = bool(on_front)

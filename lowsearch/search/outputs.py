@@ -118,7 +118,7 @@ class StudyFiles:
             if (measured := self._parts.verifications.of(c.genome)) is not None:
                 row |= {"latency_std_ms": measured.latency_std_ms, "latency_source": "measured"}
             if c.state == "complete" and not math.isnan(c.accuracy):
-                row |= accuracy_columns(self._settings, c.accuracy, c.accuracy_std, c.rung)
+                row |= accuracy_columns(self._settings, c.accuracy, c.accuracy_std)
             rows.append(row)
         return rows
 
@@ -133,12 +133,14 @@ class StudyFiles:
         ]
 
 
-def accuracy_columns(settings: StudySettings, accuracy: float, std: float, rung: float) -> dict[str, Any]:
-    """The columns that say what is known of a candidate's accuracy. What stands in for it is a score, never an accuracy."""
+def accuracy_columns(settings: StudySettings, accuracy: float, std: float) -> dict[str, Any]:
+    """The columns that say what is known of a candidate's accuracy: an estimate, however far it was trained, for one training has its luck.
+
+    What stands in for accuracy is a score, never an accuracy.
+    """
     if settings.stand_in:
         return {"score": accuracy, "score_std": std, "accuracy_source": settings.stand_in}
-    source = "trained" if rung >= 1 else "estimated"
-    return {"val_accuracy": min(max(accuracy, 0.0), 1.0), "accuracy_std": std, "accuracy_source": source}
+    return {"val_accuracy": min(max(accuracy, 0.0), 1.0), "accuracy_std": std, "accuracy_source": "estimated"}
 
 
 def candidate_costs(settings: StudySettings, found: Sequence[Candidate], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

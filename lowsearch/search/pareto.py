@@ -41,21 +41,24 @@ def contributions(costs: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return values
 
 
-def greedy_subset(costs: np.ndarray, reference: np.ndarray, size: int, *, given: np.ndarray | None = None) -> list[int]:
-    """Up to `size` indices of `costs`, each the one that adds most hypervolume to those before it (and to the points `given`).
+def greedy_cover(draws: np.ndarray, reference: np.ndarray, size: int) -> list[int]:
+    """Up to `size` indices of the n points of `draws` (m, n, k), each the one that adds most hypervolume to those before it, on average
+    over the m joint draws of what the points may cost.
 
-    Stops early when nothing adds volume. Within 1 - 1/e of the best subset, because hypervolume is submodular.
+    Stops early when nothing adds volume in any draw. Within 1 - 1/e of the best subset, because hypervolume is submodular, and so is
+    its mean: what adds nothing once adds nothing later.
     """
-    costs = _points(costs)
+    assert draws.ndim == 3, f"draws have shape {draws.shape}, expected (m, n, k)"
     chosen: list[int] = []
-    front = np.empty((0, costs.shape[1])) if given is None else _points(given)
-    while len(chosen) < min(size, len(costs)):
-        gains = expected_gain(costs, np.zeros(len(costs)), front, reference)
-        best = int(np.argmax(gains))
-        if gains[best] <= 0:
+    left = np.arange(draws.shape[1])
+    while len(chosen) < size and len(left):
+        gains = np.mean([expected_gain(costs[left], np.zeros(len(left)), costs[chosen], reference) for costs in draws], axis=0)
+        left, gains = left[gains > 0], gains[gains > 0]
+        if not len(left):
             break
-        chosen.append(best)
-        front = np.vstack([front, costs[best]])
+        best = int(np.argmax(gains))
+        chosen.append(int(left[best]))
+        left = np.delete(left, best)
     return chosen
 
 

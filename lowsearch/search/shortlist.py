@@ -28,6 +28,9 @@ from lowsearch.search.storage import Candidate
 
 MEASUREMENTS = "measurements.json"
 MAX_SHORTLISTED = 24
+N_DRAWS = 64
+_STREAM = 1_000_037
+"""Keeps these random numbers apart from the study's own."""
 COLUMNS = (
     "arch_id", "name", "origin", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
     "energy_mj",
@@ -96,9 +99,11 @@ def best_cover(
     at_least: int,
     at_most: int,
 ) -> list[Candidate]:
-    """Those of `found` that together cover most hypervolume by what is known of them, at most `at_most`, in the order of their numbers.
+    """Those of `found` that together may be expected to cover most hypervolume, at most `at_most`, in the order of their numbers.
 
-    Where fewer than `at_least` add volume, the best cover of the rest fills up, layer by layer.
+    The expectation is over N_DRAWS joint draws of their accuracies, each from its estimate and standard deviation, with latency as
+    measured or predicted. By the estimates alone, one flattering estimate would shut out what it dominates. Where fewer than `at_least`
+    add volume, the best cover of the rest fills up, layer by layer.
     """
     if not found:
         return []
@@ -110,15 +115,29 @@ def best_cover(
         known_mj = [math.nan if m is None else m.energy_mj for m in known]
         mean["energy_mj"] = np.where(np.isnan(known_mj), mean["energy_mj"], known_mj)
     costs = candidate_costs(settings, found, [{metric: values[i] for metric, values in mean.items()} for i in range(len(found))])
+    draws = _draws(settings, costs, np.array([c.accuracy_std for c in found]))
     chosen: list[int] = []
     rest = list(range(len(found)))
     while rest and len(chosen) < at_least:
-        layer = [rest[i] for i in pareto.greedy_subset(costs[rest], reference_costs, (at_least if chosen else at_most) - len(chosen))]
+        layer = [rest[i] for i in pareto.greedy_cover(draws[:, rest], reference_costs, (at_least if chosen else at_most) - len(chosen))]
         if not layer:
             break
         chosen += layer
         rest = [i for i in rest if i not in layer]
     return sorted((found[i] for i in chosen), key=lambda c: c.number)
+
+
+def _draws(settings: StudySettings, costs: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """What `costs` (n, k) may turn out to be, (m, n, k), m of 1 where nothing is in doubt; repeatable, by the study's seed.
+
+    Where nothing is trained, a score is all that will be known of a network.
+    """
+    if settings.objectives.metrics[0] != "accuracy" or settings.stand_in or not np.nan_to_num(std).any():
+        return costs[None]
+    noise = np.random.default_rng([settings.seed, _STREAM]).normal(size=(N_DRAWS, len(costs)))
+    draws = np.repeat(costs[None], N_DRAWS, axis=0)
+    draws[:, :, 0] += noise * np.nan_to_num(std)
+    return draws
 
 
 def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progress | None) -> Measurements:
