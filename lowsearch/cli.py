@@ -1054,6 +1054,10 @@ def trust(
         ]  # fmt: skip
         _print_rows(f"{found.n_networks} held-out networks, trained with {found.n_seeds} seed{'s' * (found.n_seeds > 1)} each", rows)
         typer.echo(f"verdict: {found.verdict}: {found.reason}")
+        if found.ceiling is not None:
+            _tell(
+                f"ceiling: with {found.n_seeds} seeds each, a predictor that knew these networks would reach Spearman {found.ceiling:.2f}"
+            )
         _tell(
             f"{100 * found.coverage:.0f} % of the accuracies lie within the predictor's 90 % intervals; "
             f"it learned from {found.n_records} networks of the study"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowsearch.accuracy.agreement import Agreement, agreement
+from lowsearch.accuracy.agreement import Agreement, Lead, agreement
 from lowsearch.errors import StudyError
 from lowsearch.report import sections
 from lowsearch.report.study_files import read_study
@@ -24,10 +24,10 @@ from lowsearch.search import study as studies
 from lowsearch.search.gate import MIN_NETWORKS, SteeringGate, clearly_fails, forecast_agreement, why_steering_ended
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.parts import Parts
-from lowsearch.search.sampler import LowSearchSampler
+from lowsearch.search.sampler import LowSearchSampler, Proposal
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
-from lowsearch.search.trust import PREDICTOR, Signal, Trust, trust, verdict_of
+from lowsearch.search.trust import BETWEEN_SEEDS, PREDICTOR, Signal, Trust, ceiling_of, trust, verdict_of
 from lowsearch.search.worker import SearchWorker
 
 _spec = importlib.util.spec_from_file_location("study_fakes", Path(__file__).with_name("study_fakes.py"))
@@ -87,9 +87,9 @@ def search(folder: Path, settings: StudySettings, *, lie: bool = False) -> list[
     return candidates(study, SPACE)
 
 
-def quick_proposal(sampler: LowSearchSampler, trials: Any, *, number: int) -> np.ndarray:
+def quick_proposal(sampler: LowSearchSampler, trials: Any, *, number: int) -> Proposal:
     """In place of the inner search, whose choices do not matter here."""
-    return SPACE.sample(1, rng=np.random.default_rng([5, number]))[0]
+    return Proposal(SPACE.sample(1, rng=np.random.default_rng([5, number]))[0], "it is quick")
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,11 @@ def test_limits_of_the_study_hold_for_the_held_out_set(tmp_path: Path) -> None:
 
 def test_a_second_seed_gives_the_ceiling_and_bands_need_networks(study: Path) -> None:
     found = examine(study, n_networks=24, n_seeds=2)
-    ceiling = by_name(found)["one seed for another: the ceiling"]
-    assert ceiling.spearman is not None and ceiling.spearman > 0.9 and found.n_seeds == 2
+    between = by_name(found)[BETWEEN_SEEDS]
+    assert between.spearman is not None and between.spearman > 0.9 and found.n_seeds == 2
+    assert found.ceiling is not None and between.spearman < found.ceiling < 1
+    once = examine(study, n_networks=24)
+    assert once.ceiling is None and BETWEEN_SEEDS not in by_name(once)
     bands = [s for s in found.signals if s.band]
     assert len(bands) == 9 and all(s.agreement.n_networks == 8 for s in bands)
     assert not [s for s in examine(study, n_networks=5).signals if "fewer" in s.band]
@@ -205,12 +208,30 @@ def signals(own: tuple[float, float], macs: float = 0.3) -> list[Signal]:
     [((0.8, 0.4), 0.3, "trusted"), ((0.8, 0.4), 0.85, "weak"), ((0.6, 0.15), 0.3, "weak"), ((0.5, -0.1), 0.3, "not trusted")],
 )
 def test_verdict_follows_the_rule(own: tuple[float, float], macs: float, expected: str) -> None:
-    assert verdict_of(signals(own, macs))[0] == expected
+    assert verdict_of(signals(own, macs), {})[0] == expected
+
+
+def test_the_reason_says_how_far_the_lead_over_macs_is_from_chance() -> None:
+    ahead = Lead(difference=0.5, low=-0.1, high=0.9)
+    assert "better than that of MACs by 0.50 (-0.10 to 0.90)" in verdict_of(signals((0.8, 0.4)), {"MACs": ahead})[1]
+    behind = Lead(difference=-0.05, low=-0.4, high=0.3)
+    assert "MACs alone rank these networks better, by 0.05 (-0.30 to 0.40)" in verdict_of(signals((0.8, 0.4), 0.85), {"MACs": behind})[1]
+
+
+def test_the_ceiling_is_what_knowing_the_truth_would_reach() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=20_000)
+    scores = truth + 0.7 * rng.normal(size=(3, len(truth)))
+    between = agreement(scores[0], scores[1], n_bootstrap=1).spearman
+    for k in (1, 2, 3):
+        reached = np.corrcoef(truth.argsort().argsort(), scores[:k].mean(axis=0).argsort().argsort())[0, 1]
+        assert ceiling_of(between, k) == pytest.approx(reached, abs=0.01)
+    assert ceiling_of(None, 2) is None and ceiling_of(-0.1, 2) is None
 
 
 def test_a_predictor_that_does_not_vary_is_not_trusted() -> None:
     found = [Signal(name=PREDICTOR, band="", agreement=agreement(np.ones(9), np.arange(9))), *signals((0, 0))[1:]]
-    assert verdict_of(found)[0] == "not trusted"
+    assert verdict_of(found, {})[0] == "not trusted"
 
 
 def test_a_good_predictor_is_trusted_and_a_liar_is_not(study: Path) -> None:
@@ -246,7 +267,7 @@ def test_nothing_is_judged_before_there_are_enough_networks() -> None:
 
 def test_a_search_whose_predictor_fails_goes_on_at_random_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowsearch.search.gate.HOPELESS", 0.7)  # A dozen random forecasts are seldom proven to be below 0.2.
-    monkeypatch.setattr(LowSearchSampler, "propose", quick_proposal)
+    monkeypatch.setattr(LowSearchSampler, "proposal", quick_proposal)
     folder = tmp_path / "study"
     found = search(folder, StudySettings(trials=30, workers=1, seed=1), lie=True)
     why = why_steering_ended(folder)

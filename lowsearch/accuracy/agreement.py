@@ -1,4 +1,4 @@
-"""How well one signal ranks networks as another does: Spearman and Kendall with bootstrap intervals over networks."""
+"""How well one signal ranks networks as another does, and by how much better than a third: with bootstrap intervals over networks."""
 
 from __future__ import annotations
 
@@ -43,6 +43,31 @@ def agreement(signal: Any, outcome: Any, *, seed: int = 0, n_bootstrap: int = N_
         np.nanquantile(values, [0.025, 0.975]).tolist() for values in (_spearmans(a[picks], b[picks]), _kendall(a[picks], b[picks]))
     )
     return Agreement(n_networks=n, spearman=rho, low=low, high=high, kendall=tau, kendall_low=tau_low, kendall_high=tau_high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """By how much one score ranks the same networks better than another: Spearman minus Spearman."""
+
+    difference: float
+    low: float
+    high: float
+    """95 % interval of a bootstrap over networks that draws both scores together: what is hard to rank is hard for both."""
+
+
+def lead(signal: Any, other: Any, outcome: Any, *, seed: int = 0, n_bootstrap: int = N_BOOTSTRAP) -> Lead | None:
+    """How far `signal` (n,) ranks the networks by `outcome` (n,) better than `other` (n,) does.
+
+    None where networks are too few for an interval, or either score does not vary.
+    """
+    a, b, truth = (np.asarray(values, dtype=float) for values in (signal, other, outcome))
+    ours, theirs = spearman(a, truth), spearman(b, truth)
+    if len(truth) < MIN_FOR_INTERVAL or ours is None or theirs is None:
+        return None
+    picks = np.random.default_rng(seed).integers(len(truth), size=(n_bootstrap, len(truth)))
+    differences = _spearmans(a[picks], truth[picks]) - _spearmans(b[picks], truth[picks])
+    low, high = np.nanquantile(differences, [0.025, 0.975]).tolist()
+    return Lead(difference=ours - theirs, low=low, high=high)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

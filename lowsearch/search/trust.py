@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lowsearch.accuracy.agreement import Agreement, agreement
+from lowsearch.accuracy.agreement import Agreement, Lead, agreement, lead
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
@@ -31,6 +31,9 @@ from lowsearch.space import SearchSpace
 Verdict = Literal["trusted", "weak", "not trusted"]
 TRUST = "trust.json"
 PREDICTOR = "accuracy predictor"
+PLAIN = ("params", "MACs")
+"""What a ranking costs nothing by."""
+BETWEEN_SEEDS = "one seed for another"
 TRUSTED_ABOVE = 0.2
 """Lower end of the 95 % interval of Spearman from which on a ranking is more than luck; `gate.HOPELESS` for the upper end."""
 MIN_NETWORKS = 5
@@ -63,6 +66,10 @@ class Trust:
     """Networks of the study that the predictor learned from."""
     coverage: float
     """Share of the trained accuracies within the predictor's 90 % intervals."""
+    ceiling: float | None
+    """Spearman that a predictor which knew every network's mean over seeds would reach; None with one seed, which does not tell."""
+    leads: Mapping[str, Lead | None]
+    """By how much the predictor ranks better than each of PLAIN, None where too few networks tell."""
     signals: tuple[Signal, ...]
     """The predictor's first, then the others over all networks, then those within bands."""
     networks: tuple[Mapping[str, Any], ...]
@@ -73,7 +80,8 @@ class Trust:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in trust.json."""
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "signals": self.rows()}
+        leads = {name: None if found is None else dataclasses.asdict(found) for name, found in self.leads.items()}
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "signals": self.rows(), "leads": leads}
 
 
 def trust(
@@ -110,15 +118,19 @@ def trust(
     known = made.estimator.estimate(genomes).mean
     scores = {PREDICTOR: mean, "params": known["params"], "MACs": known["macs"], **made.proxies(archs, progress)}
     signals = [Signal(name=name, band="", agreement=agreement(values, accuracy)) for name, values in scores.items()]
-    if all(len(by_arch[arch.arch_id]) > 1 for arch in archs):
+    ceiling = None
+    if n_seeds > 1:
         first, second = (np.array([by_arch[arch.arch_id][k].val_accuracy for arch in archs]) for k in (0, 1))
-        signals.append(Signal(name="one seed for another: the ceiling", band="", agreement=agreement(first, second)))
-    signals += _in_bands({name: scores[name] for name in (PREDICTOR, "params", "MACs")}, accuracy, known["latency_ms"])
-    decided, reason = verdict_of(signals)
+        between = agreement(first, second)
+        signals.append(Signal(name=BETWEEN_SEEDS, band="", agreement=between))
+        ceiling = ceiling_of(between.spearman, n_seeds)
+    signals += _in_bands({name: scores[name] for name in (PREDICTOR, *PLAIN)}, accuracy, known["latency_ms"])
+    leads = {name: lead(mean, scores[name], accuracy) for name in PLAIN}
+    decided, reason = verdict_of(signals, leads)
     result = Trust(
         verdict=decided, reason=reason, n_networks=len(archs), n_seeds=min(len(found) for found in by_arch.values()),
         n_records=len({r.arch_id for r in records}), coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
-        signals=tuple(signals),
+        ceiling=ceiling, leads=leads, signals=tuple(signals),
         networks=tuple(
             {"arch_id": arch.arch_id, "latency_ms": float(known["latency_ms"][i]), "predicted_accuracy": float(mean[i]),
              "predicted_accuracy_std": float(std[i]), "val_accuracy": [r.val_accuracy for r in by_arch[arch.arch_id]]}
@@ -129,22 +141,40 @@ def trust(
     return result
 
 
-def verdict_of(signals: Sequence[Signal]) -> tuple[Verdict, str]:
+def ceiling_of(between_seeds: float | None, n_seeds: int) -> float | None:
+    """What a perfect predictor's rank correlation with means over `n_seeds` seeds would be, from that between two seeds (Spearman-Brown).
+
+    It is above the correlation between seeds, in which both sides have their luck.
+    """
+    if between_seeds is None or between_seeds <= 0:
+        return None
+    return float(np.sqrt(n_seeds * between_seeds / (1 + (n_seeds - 1) * between_seeds)))
+
+
+def verdict_of(signals: Sequence[Signal], leads: Mapping[str, Lead | None]) -> tuple[Verdict, str]:
     """The verdict, and why.
 
     `not trusted`: the 95 % interval of the predictor's Spearman reaches 0 or below, or there are too few networks for one. `trusted`:
-    its lower end is above TRUSTED_ABOVE, and neither params nor MACs rank better. `weak`: anything between.
+    its lower end is above TRUSTED_ABOVE, and neither params nor MACs rank better. `weak`: anything between. The better of params and
+    MACs has to be matched on the networks at hand, and the reason says how far the lead is from chance: a predictor that only may be
+    as good as what costs nothing has not earned trust.
     """
     whole = {s.name: s.agreement for s in signals if not s.band}
     own = whole[PREDICTOR]
     if own.spearman is None or own.low is None or own.low <= 0:
         return "not trusted", "its ranking cannot be told from chance on these networks"
-    for name in ("params", "MACs"):
-        if (whole[name].spearman or 0.0) > own.spearman:
-            return "weak", f"{name} alone rank these networks better"
+    rival = max(PLAIN, key=lambda name: whole[name].spearman or 0.0)
+    difference = own.spearman - (whole[rival].spearman or 0.0)
+    found = leads.get(rival)
+    by = f"by {abs(difference):.2f}"
+    if found is not None:
+        low, high = (found.low, found.high) if difference >= 0 else (-found.high, -found.low)
+        by += f" ({low:.2f} to {high:.2f})"
+    if difference < 0:
+        return "weak", f"{rival} alone rank these networks better, {by}"
     if own.low <= TRUSTED_ABOVE:
         return "weak", f"its ranking may be as poor as Spearman {own.low:.2f}"
-    return "trusted", f"its ranking is at least Spearman {own.low:.2f}, and no worse than params or MACs"
+    return "trusted", f"its ranking is at least Spearman {own.low:.2f}, and better than that of {rival} {by}"
 
 
 def held_out_networks(parts: Parts, plan: Plan, n: int) -> list[Arch]:
