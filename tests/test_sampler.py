@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -12,7 +13,7 @@ from lowsearch import cost
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.search import pareto
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.sampler import Evolution, LowSearchSampler, gene_indices
+from lowsearch.search.sampler import WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices
 from lowsearch.space import SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -162,6 +163,89 @@ def test_without_any_knowledge_proposals_fill_the_latency_axis():
     assert (log_ms < reference).all()
     span = reference - log_ms[0]
     assert np.diff(np.append(log_ms, reference)).max() < span / 3
+
+
+def started(share, n_trials, *, start=4, **changes):
+    """A study with a diverse start, and which of its trials belong to it."""
+    sampler = make_sampler(start=start, evolution=dataclasses.replace(SMALL, start_share=share), **changes)
+    study, genomes = run(sampler, n_trials)
+    return genomes, [bool(t.user_attrs[WHOLE_SCHEDULE]) for t in study.trials], [t.user_attrs[WHY] for t in study.trials]
+
+
+def test_the_diverse_start_takes_its_share_of_the_proposals_until_it_is_complete():
+    _, of_start, why = started(1 / 3, 12, start=3)
+    assert of_start == [i in (0, 3, 6) for i in range(12)]
+    assert all(reason.startswith("diverse start") == is_start for reason, is_start in zip(why, of_start, strict=True))
+    assert all("expected gain" in reason or "least certain" in reason for reason in why if not reason.startswith("diverse start"))
+    assert started(1.0, 5, start=3)[1] == [True, True, True, False, False]
+
+
+def test_the_diverse_start_is_spread_over_latency_within_the_limits():
+    limits = parse_limits(maxima=["latency_ms=0.4"])
+    genomes, of_start, _ = started(1.0, 8, start=8, limits=limits)
+    assert all(of_start) and len(np.unique(genomes, axis=0)) == 8
+    mean_ms, std_ms = FakeLatency().predict(genomes)
+    assert (mean_ms + std_ms <= 0.4).all()
+    log_ms = np.sort(np.log(mean_ms))
+    pool = FakeLatency().predict(SPACE.sample(500, rng=np.random.default_rng(1)))[0]
+    reach = np.log(pool[pool <= 0.3]).min(), np.log(0.4)
+    assert np.diff(np.concatenate([[reach[0]], log_ms, [reach[1]]])).max() < (reach[1] - reach[0]) / 3
+
+
+def test_a_start_among_trials_that_were_enqueued_pruned_or_run_elsewhere_is_counted_by_its_own_networks():
+    sampler = make_sampler(start=2, evolution=dataclasses.replace(SMALL, start_share=1.0))
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    for arch in SPACE.family.values():
+        study.enqueue_trial(gene_indices(SPACE.encode(arch), SPACE))
+    run(sampler, len(SPACE.family), study=study)
+    pruned = study.ask()
+    sampler.suggest(pruned)
+    study.tell(pruned, state=optuna.trial.TrialState.PRUNED)
+    in_flight = [study.ask() for _ in range(3)]
+    for trial in in_flight:
+        sampler.suggest(trial)
+    assert [t.user_attrs.get(WHOLE_SCHEDULE) for t in study.trials[-4:]] == [True, True, True, False]
+
+
+def test_gains_are_counted_from_what_is_estimated_now_not_from_a_lucky_trial():
+    class Remembering(FakeAccuracy):
+        """Knows that the trials were lucky."""
+
+        def posterior(self, genomes):
+            mean, std = self.predict(genomes)
+            return np.where(np.arange(len(genomes)) < 3, mean, np.nan), std
+
+    study, genomes = run(make_sampler(), 4)
+    lucky = [optuna.trial.create_trial(params=t.params, distributions=t.distributions, values=[0.99, t.values[1]]) for t in study.trials]
+    for number, trial in enumerate(lucky):
+        trial.number = number
+    sampler = make_sampler(accuracy=Remembering())
+    costs = sampler._known_costs(lucky, genomes, Remembering())
+    assert costs[:3, 0] == pytest.approx(-FakeAccuracy().predict(genomes[:3])[0])
+    assert costs[3, 0] == -0.99  # Nothing is on record of it.
+    assert (make_sampler()._known_costs(lucky, genomes, FakeAccuracy())[:, 0] == -0.99).all()
+
+
+def test_now_and_then_the_least_certain_network_of_a_slice_is_proposed():
+    class Uncertain(FakeAccuracy):
+        def predict(self, genomes):
+            return super().predict(genomes)[0], 0.001 + 0.02 * (genomes[:, 5] > 0)
+
+    settings = dataclasses.replace(SMALL, explore=0.0, learn=1.0)
+    proposal = make_sampler(accuracy=Uncertain(), evolution=settings).proposal([], number=0)
+    assert proposal.genome[5] > 0 and proposal.why.startswith("least certain in slice")
+    never = dataclasses.replace(SMALL, explore=0.0, learn=0.0)
+    assert make_sampler(accuracy=Uncertain(), evolution=never).proposal([], number=0).why.startswith("expected gain")
+
+
+def test_a_trial_taken_up_again_with_all_its_genes_keeps_why_it_was_proposed():
+    sampler = make_sampler()
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    sampler.suggest(study.ask())
+    why = study.trials[0].user_attrs[WHY]
+    study.sampler = make_sampler(seed=9)
+    assert study.sampler.sample_relative(study, study.trials[0], study.sampler.infer_relative_search_space(study, study.trials[0])) == {}
+    assert study.trials[0].user_attrs[WHY] == why
 
 
 def test_proposals_depend_only_on_seed_number_and_trials():

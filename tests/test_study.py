@@ -25,7 +25,7 @@ from lowsearch.search import study as studies
 from lowsearch.search.explain import Change
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.outputs import StudyFiles
-from lowsearch.search.promotion import may_go_on, slice_edges
+from lowsearch.search.promotion import slice_edges, standing
 from lowsearch.search.refinement import Lead
 from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
 from lowsearch.search.storage import candidates, n_proposals, open_study
@@ -67,7 +67,7 @@ def rows(path):
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched") / "study"
-    return folder, search(folder, StudySettings(trials=8, workers=1))
+    return folder, search(folder, StudySettings(trials=12, workers=1))
 
 
 def test_the_family_comes_first_and_is_trained_on_the_whole_schedule(searched):
@@ -78,7 +78,7 @@ def test_the_family_comes_first_and_is_trained_on_the_whole_schedule(searched):
 
 def test_as_many_networks_are_proposed_as_asked_for_and_none_twice(searched):
     _, found = searched
-    assert sum(c.origin == "proposed" for c in found) == 8
+    assert sum(c.origin == "proposed" for c in found) == 12
     assert len(np.unique([c.genome for c in found], axis=0)) == len(found)
     assert all(c.state == "complete" for c in found)
 
@@ -88,6 +88,20 @@ def test_some_proposals_stop_early_and_some_reach_the_top(searched):
     rungs = {c.rung for c in found if c.origin == "proposed"}
     assert min(rungs) < 1.0
     assert max(rungs) == 1.0
+
+
+def test_the_diverse_start_is_trained_to_the_end_and_every_candidate_says_why(searched):
+    folder, found = searched
+    start = [c for c in found if c.why.startswith("diverse start")]
+    assert len(start) == 4 and all(c.rung == 1.0 for c in start)
+    for c in found:
+        if c.origin == "family":
+            assert c.why == ""
+            continue
+        assert c.why and ("stopped at" in c.why) == (c.rung < 1.0)
+        assert c.rung == 1.0 or "in slice" in c.why
+    StudyFiles(folder, StudySettings(), fakes.make_parts(folder, StudySettings()), Plan.read(folder).reference_costs).refresh(found)
+    assert [row["why"] for row in rows(folder / "candidates.csv")] == [c.why for c in found]
 
 
 def test_trial_values_are_the_estimate_and_the_predicted_latency(searched):
@@ -186,7 +200,9 @@ REFERENCE = np.array([-0.1, np.log(2.0)])
 
 def goes_on(pairs, own, *, std=0.0, at_rung=None, edges=()):
     at = np.ones(len(pairs), dtype=bool) if at_rung is None else np.array(at_rung)
-    return may_go_on(costs_of(*pairs), np.full(len(pairs), std), own=own, at_rung=at, edges=list(edges), reference=REFERENCE)
+    found = standing(costs_of(*pairs), np.full(len(pairs), std), own=own, at_rung=at, edges=list(edges), reference=REFERENCE)
+    assert found.may_go_on == (not found.why)
+    return found.may_go_on
 
 
 def test_the_first_network_of_a_slice_goes_on():

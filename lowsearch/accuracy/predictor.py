@@ -192,7 +192,7 @@ class AccuracyPredictor:
         return PRIOR_ACCURACY + PRIOR_GAIN * points.cost[:, 0]
 
     def _estimate(self, group: Sequence[AccuracyRecord]) -> tuple[float, float]:
-        """What the furthest trainings of one network, one a seed, say of its full-schedule accuracy: mean, variance about that of all seeds."""
+        """(mean, variance) of the full-schedule accuracy of one network, over seeds, from its furthest trainings, one a seed."""
         furthest = max(r.curve[-1].fraction for r in group)
         scores = {r.seed: r.curve[-1].val_accuracy for r in group if r.curve[-1].fraction == furthest}
         if furthest >= 1.0:

@@ -161,6 +161,7 @@ def _hover(study: StudyFiles, network: Network) -> str:
     known = study.networks.get(network.arch_id)
     if known:
         lines += html.escape(tables.short_description(known["arch"])).split(", ")
+    lines += [html.escape(reason) for reason in network.why.split("; ") if reason]
     return "<br>".join(lines)
 
 

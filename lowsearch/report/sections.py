@@ -18,7 +18,7 @@ SOURCES = {
     "measured": "timed on the device itself, in fresh processes, as a whole network or as a single block",
     "table": "from a latency table that was measured elsewhere; the device is not attached here",
     "predicted": "from a fitted model, without this network's own training or measurement",
-    "estimated": "worked out from partial evidence: accuracy from a training that stopped early, latency from a formula",
+    "estimated": "worked out: accuracy from a training, or part of one, and from what the predictor expects; latency from a formula",
     "trained": "accuracy of weights that were trained here on the full schedule, with a fresh seed for the final networks",
     "published": "copied from a paper or model card",
     "proxy:params": "the logarithm of the parameters: a score in place of accuracy, not an accuracy",

@@ -61,6 +61,8 @@ class Network:
     on_front: bool = False
     weights: str = ""
     elapsed_s: float = NAN
+    why: str = ""
+    """Why the search proposed it, and why its training stopped early."""
 
     @property
     def is_family(self) -> bool:

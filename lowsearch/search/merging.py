@@ -101,7 +101,7 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
             seen.add(c.genome.tobytes())
             trial = trials[c.number]
             mean = {metric: float(value[0]) for metric, value in estimator.estimate(c.genome[None]).mean.items()} | {"accuracy": c.accuracy}
-            attrs = {k: v for k, v in trial.user_attrs.items() if k in ("origin", "name", "score")}
+            attrs = {k: v for k, v in trial.user_attrs.items() if k in ("origin", "name", "score", "why")}
             if not np.isnan(c.elapsed_s):
                 attrs["elapsed_s"] = round(c.elapsed_s + earlier_s, 2)
             merged.add_trial(

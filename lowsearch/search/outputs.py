@@ -30,7 +30,7 @@ from lowsearch.space import SearchSpace
 CANDIDATE_COLUMNS = (
     "number", "arch_id", "name", "origin", "genome", "state", "reason", "rung", "val_accuracy", "accuracy_std", "accuracy_source",
     "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "throughput_ips", "time_per_image_ms", "peak_memory_mb",
-    "artifact_mb", "energy_mj", "energy_source", "macs", "params", "resolution_px", "elapsed_s",
+    "artifact_mb", "energy_mj", "energy_source", "macs", "params", "resolution_px", "elapsed_s", "why",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
     "arch_id", "origin", "val_accuracy", "accuracy_std", "accuracy_source", "latency_ms", "latency_std_ms", "latency_source",
@@ -111,6 +111,7 @@ class StudyFiles:
             row: dict[str, Any] = {
                 "number": c.number, "arch_id": arch.arch_id, "name": c.name, "origin": c.origin, "genome": " ".join(map(str, c.genome)),
                 "state": c.state, "reason": c.reason, "rung": c.rung, "elapsed_s": c.elapsed_s, "resolution_px": arch.resolution_px,
+                "why": c.why,
                 "latency_std_ms": estimates.std["latency_ms"][i], "latency_source": self._parts.latency_source,
                 **{metric: values[i] for metric, values in estimates.mean.items()},
                 "energy_source": "predicted" if "energy_mj" in estimates.mean else "",

@@ -8,6 +8,7 @@ by accuracy alone would stop every fast network.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,8 +29,34 @@ def slice_edges(costs: np.ndarray, reference: float) -> list[float]:
     return [float(edge) for edge in np.quantile(inside, np.arange(1, N_SLICES) / N_SLICES)]
 
 
-def may_go_on(costs: np.ndarray, std: np.ndarray, *, own: int, at_rung: np.ndarray, edges: list[float], reference: np.ndarray) -> bool:
-    """Whether candidate `own` trains on.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """A candidate among all that reached its rung in its slice of latency, itself included."""
+
+    gain: float
+    """Hypervolume that its optimistic score would add."""
+    better: int
+    """How many would add more."""
+    peers: int
+    slice_number: int
+    """From 1, the fastest."""
+
+    @property
+    def may_go_on(self) -> bool:
+        return self.gain > 0 and self.better < math.ceil(KEEP * self.peers)
+
+    @property
+    def why(self) -> str:
+        """What speaks against training it further; empty where it may go on."""
+        if self.may_go_on:
+            return ""
+        if self.gain <= 0:
+            return f"even its optimistic score adds nothing in slice {self.slice_number} of {N_SLICES}"
+        return f"{self.better} of {self.peers} in slice {self.slice_number} of {N_SLICES} promise more than its {self.gain:.2g}"
+
+
+def standing(costs: np.ndarray, std: np.ndarray, *, own: int, at_rung: np.ndarray, edges: list[float], reference: np.ndarray) -> Standing:
+    """How candidate `own` stands.
 
     `costs` (n, k) are the estimates of all candidates so far, the uncertain score in column 0 with deviation `std` (n,); `at_rung`
     (n,) marks those that reached this rung, `own` among them.
@@ -38,7 +65,7 @@ def may_go_on(costs: np.ndarray, std: np.ndarray, *, own: int, at_rung: np.ndarr
     peers = np.flatnonzero(at_rung & (slices == slices[own]))
     gains = {int(i): _optimistic_gain(costs, std, int(i), reference) for i in peers}
     better = sum(gain > gains[own] for gain in gains.values())
-    return gains[own] > 0 and better < math.ceil(KEEP * len(peers))
+    return Standing(gain=gains[own], better=better, peers=len(peers), slice_number=int(slices[own]) + 1)
 
 
 def _optimistic_gain(costs: np.ndarray, std: np.ndarray, i: int, reference: np.ndarray) -> float:

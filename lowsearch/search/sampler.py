@@ -1,9 +1,10 @@
 """LowSearchSampler: an Optuna sampler that searches whole populations of genomes before it proposes one network.
 
-Optuna keeps what is expensive, the trainings. For each new trial this sampler evolves thousands of genomes against the latency and
-accuracy models and returns the one with the largest expected hypervolume gain over the study's front. Networks over a limit, and
-networks the study already holds, are dropped before that. Optuna stores no sampler state, so every proposal is seeded from the study
-seed and the trial number: a resumed study proposes what an uninterrupted one would have.
+Optuna keeps what is expensive, the trainings. Some early networks are random ones, spread over latency, for the accuracy model to learn
+from. For each other trial this sampler evolves thousands of genomes against the latency and accuracy models and returns the one
+with the largest expected hypervolume gain over the study's front. Networks over a limit, and networks the study already holds, are
+dropped before that. Optuna stores no sampler state, so every proposal is seeded from the study seed and the trial number: a resumed
+study proposes what an uninterrupted one would have.
 
     sampler = LowSearchSampler(space, latency=predictor, objectives="acc-latency", seed=0)
     study = optuna.create_study(directions=sampler.directions, sampler=sampler)
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -46,7 +47,11 @@ logger = logging.getLogger(__name__)
 
 ACCURACY_KEY = "accuracy"
 MIN_TRIALS_FOR_SURROGATE = 8
-"""Below this many finished trials, a sampler without an accuracy model fills the latency axis instead of guessing."""
+"""Below this many finished trials, a sampler without an accuracy model spreads its proposals instead of guessing."""
+WHY = "why"
+"""User attribute of a trial: why it was proposed, in words."""
+WHOLE_SCHEDULE = "whole_schedule"
+"""User attribute of a trial: whether its network is to be trained to the end whatever it promises, because others are judged by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +67,23 @@ class Evolution:
     """Half of the parents are the best of equal slices of the second objective (latency), so that no part of the front dies out."""
     shortlist: int = 512
     """Of the last population, those that the accuracy model's exact form (`predict_exact`), where it has one, judges again."""
-    explore: float = 0.15
+    explore: float = 0.1
     """Probability that a proposal is chosen within a random slice of latency rather than over all of it."""
+    learn: float = 0.05
+    """Probability that it is the network of a random slice whose accuracy is least certain."""
+    start_share: float = 1 / 3
+    """Share of the proposals that belongs to the diverse start until it is complete; 1 would have it before anything else. As
+    benchmarks/first_networks.py found it: the predictor gains, and a search that ends early has not spent its budget on learning."""
+
+
+class Proposal(NamedTuple):
+    """A network, and why it."""
+
+    genome: np.ndarray
+    """(n_genes,)"""
+    why: str
+    is_start: bool = False
+    """Whether it belongs to the start of the search."""
 
 
 class NothingLeftError(StudyError):
@@ -86,11 +106,13 @@ class LowSearchSampler(BaseSampler):
         precision: Precision = "fp32",
         energy: EnergyPredictor | None = None,
         seed: int = 0,
+        start: int = 0,
         evolution: Evolution | None = None,
         candidates: np.ndarray | None = None,
     ) -> None:
         """`accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
         `candidates`: genomes (n, n_genes), the only networks that may be proposed, such as a list that was trained before.
+        `start`: how many random networks, spread over latency, are proposed early on for the model to learn from.
         `reference`: worst value by metric; by default `estimates.reference_values`. `batch` and `precision` are those of `latency`.
         """
         self.space = space
@@ -100,6 +122,7 @@ class LowSearchSampler(BaseSampler):
         self.evolution = evolution or Evolution()
         self._candidates = None if candidates is None else space.canonical(candidates)
         self._accuracy = accuracy
+        self.start = start
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
         check_models(self.objectives, limits, latency=latency, energy=energy)
         values = dict(reference) if reference is not None else reference_values(self._estimator, chance_accuracy=1 / space.num_classes)
@@ -126,8 +149,8 @@ class LowSearchSampler(BaseSampler):
         return dict(self._distributions)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        if not search_space or "fixed_params" in trial.system_attrs:
-            return {}  # An enqueued network: nothing to propose.
+        if not search_space or "fixed_params" in trial.system_attrs or all(name in trial.params for name in search_space):
+            return {}  # An enqueued network, or one taken up again that has all its genes: nothing to propose.
         if [d.name.lower() for d in study.directions] != self.directions:
             asked = ", ".join(d.name.lower() for d in study.directions)
             raise UsageError(
@@ -135,7 +158,11 @@ class LowSearchSampler(BaseSampler):
                 hint="optuna.create_study(directions=sampler.directions)",
             )
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        genome = self.propose(others, number=trial.number)
+        genome, why, is_start = self.proposal(others, number=trial.number)
+        for name, value in ((WHY, why), (WHOLE_SCHEDULE, is_start)):
+            study._storage.set_trial_user_attr(trial._trial_id, name, value)
+            trial.set_user_attr(name, value)  # The copy that whoever asked for the trial holds.
+        logger.info("trial %d: %s", trial.number, why)
         return {gene.name: int(index) for gene, index in zip(self.space.genes, genome, strict=True)}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
@@ -150,19 +177,43 @@ class LowSearchSampler(BaseSampler):
 
         Raises NothingLeftError where no untried network keeps the limits.
         """
+        return self.proposal(trials, number=number).genome
+
+    def proposal(self, trials: Sequence[FrozenTrial], *, number: int) -> Proposal:
+        """As `propose`, with the reason."""
         rng = np.random.default_rng([self.seed, number])
         held = [t for t in trials if all(gene.name in t.params for gene in self.space.genes)]
         seen = self.space.canonical(_genomes(held, self.space)) if held else np.empty((0, self.space.n_genes), dtype=np.int8)
+        own = [t for t in held if "fixed_params" not in t.system_attrs and t.state != TrialState.PRUNED]
+        if self.start and ACCURACY_KEY in self.objectives.metrics:
+            begun = sum(bool(t.user_attrs.get(WHOLE_SCHEDULE)) for t in own)
+            due = begun < min(self.start, self.evolution.start_share * (len(own) + 1))
+            if due and (genome := self.spread(self._random(rng), seen, index=begun)) is not None:
+                return Proposal(genome, f"diverse start, {begun + 1} of {self.start}: a random network of its latency", is_start=True)
         accuracy = self._newest_accuracy(held, seen)
         if accuracy is None and ACCURACY_KEY in self.objectives.metrics:
-            return self._fill(seen, rng)
+            if (genome := self.spread(self._random(rng), seen, index=len(own))) is not None:
+                return Proposal(genome, "nothing is known yet: a random network of its latency")
+            return self._evolve(seen, np.empty((0, len(self.objectives))), None, rng)
+        with one_blas_thread():
+            return self._evolve(seen, self._known_costs(held, seen, accuracy), accuracy, rng)
+
+    def _known_costs(self, held: Sequence[FrozenTrial], seen: np.ndarray, accuracy: AccuracyModel | None) -> np.ndarray:
+        """Costs (n, n_objectives) of what the study has and expects.
+
+        An accuracy is what is estimated of it now: a trial's own value is from when less was known, and the best of many are the lucky
+        ones. A training in flight is taken to end as predicted, so that parallel workers spread out.
+        """
         done = np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
         costs = self.objectives.costs(np.array([t.values for t, d in zip(held, done, strict=True) if d], dtype=float))
+        posterior = getattr(accuracy, "posterior", None)
+        if posterior is not None and done.any() and self.objectives.metrics[0] == ACCURACY_KEY:
+            mean, _ = posterior(seen[done])
+            costs[:, 0] = np.where(np.isnan(mean), costs[:, 0], self.objectives.members[0].cost(mean))
         pending = np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
-        if pending.any():  # A training in flight is taken to end as predicted, so that parallel workers spread out.
+        if pending.any():
             costs = np.vstack([costs, self._costs(self._estimator.estimate(seen[pending], accuracy))])
-        with one_blas_thread():
-            return self._evolve(seen, costs, accuracy, rng)
+        return costs
 
     def _newest_accuracy(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> AccuracyModel | None:
         if ACCURACY_KEY not in self.objectives.metrics and not any(limit.metric == ACCURACY_KEY for limit in self.limits):
@@ -190,28 +241,27 @@ class LowSearchSampler(BaseSampler):
         """The population (n, n_genes) that everything begins with."""
         return self.space.sample(self.evolution.initial, rng=rng) if self._candidates is None else self._candidates
 
-    def _fill(self, seen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Space filling: the feasible network farthest, in the objectives known before training, from everything seen."""
-        pool = self._random(rng)
-        pool = pool[unseen_mask(pool, seen)]
-        known = [o for o in self.objectives if o.metric != ACCURACY_KEY]
-        estimates = self._estimator.estimate(pool)
-        x = np.stack([o.cost(estimates.mean[o.metric]) for o in known], axis=1)
-        allowed = excess(estimates, self.limits) == 0
-        if not allowed.any():
-            return self._evolve(seen, np.empty((0, len(self.objectives))), None, rng)
-        inside = allowed & (x < self._reference[-len(known) :]).all(axis=1)
-        use = inside if inside.any() else allowed
-        if not len(seen):
-            distance = -np.abs(x[use] - np.median(x[use], axis=0)).sum(axis=1)
-        else:
-            mine = self._estimator.estimate(seen)
-            others = np.stack([o.cost(mine.mean[o.metric]) for o in known], axis=1)
-            distance = np.abs(x[use][:, None] - others[None]).sum(axis=2).min(axis=1)
-        return pool[use][int(np.argmax(distance))]
+    def spread(self, pool: np.ndarray, seen: np.ndarray, *, index: int) -> np.ndarray | None:
+        """Of `pool` (n, n_genes) the network that keeps the limits, is not among those `seen` (m, n_genes), and lies nearest to place
+        `index` of a sequence that fills the latency axis (or whatever the second objective is). None where none keeps them.
 
-    def _evolve(self, seen: np.ndarray, costs: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> np.ndarray:
-        """Evolve a population and return its best member: feasible, unseen, with the largest expected hypervolume gain."""
+        From a random pool it is random in all else: networks chosen to be far apart are odd ones, and a model learns less from them.
+        """
+        pool = pool[unseen_mask(pool, seen)]
+        estimates = self._estimator.estimate(pool)
+        second = next(o for o in self.objectives if o.metric != ACCURACY_KEY)
+        x = second.cost(estimates.mean[second.metric])
+        allowed = excess(estimates, self.limits) == 0
+        inside = allowed & (x < self._reference[self.objectives.members.index(second)])
+        use = np.flatnonzero(inside if inside.any() else allowed)
+        if not len(use):
+            return None
+        place = x[use].min() + _van_der_corput(index) * np.ptp(x[use])
+        return pool[use[int(np.argmin(np.abs(x[use] - place)))]]
+
+    def _evolve(self, seen: np.ndarray, costs: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> Proposal:
+        """Evolve a population and propose its best member: feasible, unseen, with the largest expected hypervolume gain; now and then
+        the best, or the least certain, of one slice."""
         settings = self.evolution
         front = costs[pareto.non_dominated(costs)] if len(costs) else costs
         family = [self.space.encode(arch)[None] for arch in self.space.family.values()]
@@ -232,14 +282,22 @@ class LowSearchSampler(BaseSampler):
         if not feasible.any():
             raise self._nothing_feasible(seen, accuracy, rng)
         pool = pool.take(feasible)
-        if rng.random() < settings.explore:
+        draw, where = rng.random(), ""
+        learns = settings.explore <= draw < settings.explore + settings.learn and pool.std.any()
+        if draw < settings.explore or learns:
             present = np.unique(pool.slices)
-            pool = pool.take(pool.slices == rng.choice(present))
+            slice_ = rng.choice(present)
+            pool = pool.take(pool.slices == slice_)
+            where = f" in slice {slice_ + 1} of {settings.niches}"
         exact = getattr(accuracy, "predict_exact", None)
         if exact is not None:
-            best = pool.take(np.argsort(-pool.gain, kind="stable")[: settings.shortlist])
+            best = pool.take(np.argsort(-(pool.std if learns else pool.gain), kind="stable")[: settings.shortlist])
             pool = _Pool.of(best.genomes, self, front, _Exact(exact))
-        return pool.genomes[int(np.argmax(pool.gain))]
+        if learns:
+            i = int(np.argmax(pool.std))
+            return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
+        i = int(np.argmax(pool.gain))
+        return Proposal(pool.genomes[i], f"expected gain {pool.gain[i]:.2g}{where}")
 
     def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> NothingLeftError:
         limits = ", ".join(map(str, self.limits)) or "none"
@@ -280,6 +338,8 @@ class _Pool:
     optimistic: np.ndarray
     """First cost at two standard deviations below its mean."""
     slices: np.ndarray
+    std: np.ndarray
+    """Of the accuracy; 0 where it is not an objective."""
 
     @classmethod
     def of(cls, genomes: np.ndarray, sampler: LowSearchSampler, front: np.ndarray, accuracy: AccuracyModel | None) -> _Pool:
@@ -288,19 +348,17 @@ class _Pool:
         broken = excess(estimates, sampler.limits)
         if accuracy is None and ACCURACY_KEY in sampler.objectives.metrics:  # Only how far a limit is broken can be told.
             zero = np.zeros(len(genomes))
-            return cls(genomes, zero, broken, zero, sampler._slices(estimates))
+            return cls(genomes, zero, broken, zero, sampler._slices(estimates), zero)
         costs = sampler._costs(estimates)
         std = estimates.std["accuracy"] if sampler.objectives.metrics[0] == ACCURACY_KEY else np.zeros(len(genomes))
         gain = pareto.expected_gain(costs, std, front, sampler._reference)
-        return cls(genomes, gain, broken, costs[:, 0] - 2 * std, sampler._slices(estimates))
+        return cls(genomes, gain, broken, costs[:, 0] - 2 * std, sampler._slices(estimates), std)
 
     def take(self, which: np.ndarray) -> _Pool:
-        return _Pool(self.genomes[which], self.gain[which], self.excess[which], self.optimistic[which], self.slices[which])
+        return _Pool(*(getattr(self, f.name)[which] for f in fields(self)))
 
     def joined(self, other: _Pool) -> _Pool:
-        pool = _Pool(
-            *(np.concatenate([getattr(self, f), getattr(other, f)]) for f in ("genomes", "gain", "excess", "optimistic", "slices"))
-        )
+        pool = _Pool(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
         return pool.take(first_of_each(pool.genomes))
 
     def survivors(self, n: int, niches: int, rng: np.random.Generator) -> np.ndarray:
@@ -326,6 +384,14 @@ def gene_indices(genome: np.ndarray, space: SearchSpace) -> dict[str, int]:
 
 def _genomes(trials: Sequence[FrozenTrial], space: SearchSpace) -> np.ndarray:
     return np.array([[t.params[gene.name] for gene in space.genes] for t in trials], dtype=np.int8)
+
+
+def _van_der_corput(index: int) -> float:
+    """Element `index` of the sequence 1/2, 1/4, 3/4, 1/8, ...: every start of it fills (0, 1) evenly."""
+    value, share, rest = 0.0, 0.5, index + 1
+    while rest:
+        value, share, rest = value + share * (rest % 2), share / 2, rest // 2
+    return value
 
 
 def _worse_side(direction: str) -> str:

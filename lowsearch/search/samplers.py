@@ -41,13 +41,15 @@ class Task:
     seed: int
     acceptable: Callable[[np.ndarray], np.ndarray]
     """Genomes (n, n_genes) -> whether each keeps the limits and is new to the study, (n,)."""
+    start: int = 0
+    """How many networks of a diverse start are trained to the end whatever they promise."""
 
 
 def _ours(task: Task) -> BaseSampler:
     return LowSearchSampler(
         task.space, latency=task.estimator.latency, batch=task.estimator.batch, precision=task.estimator.precision, 
         energy=task.estimator.energy, accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
-        reference=task.reference, seed=task.seed,
+        reference=task.reference, seed=task.seed, start=task.start,
     )  # fmt: skip
 
 

@@ -195,6 +195,8 @@ class Candidate:
     """As measured at `rung`; NaN where nothing was trained."""
     elapsed_s: float
     """Seconds of search when it was finished."""
+    why: str = ""
+    """Why it was proposed, and why its training stopped early."""
 
 
 def candidates(study: optuna.Study, space: SearchSpace) -> list[Candidate]:
@@ -220,6 +222,7 @@ def candidates(study: optuna.Study, space: SearchSpace) -> list[Candidate]:
                 accuracy_std=_number(score.get("accuracy_std")),
                 val_accuracy=_number(score.get("val_accuracy")),
                 elapsed_s=float(attrs.get("elapsed_s", np.nan)),
+                why="; ".join(filter(None, (attrs.get("why", ""), score.get("stopped", "")))),
             )  # fmt: skip
         )
     return found

@@ -39,8 +39,8 @@ from lowsearch.search.gate import SteeringGate
 from lowsearch.search.leases import WORKER, Overtaken, is_held, kept
 from lowsearch.search.objectives import Metric
 from lowsearch.search.parts import Parts, Record, Scorer, stand_in_of
-from lowsearch.search.promotion import may_go_on
-from lowsearch.search.sampler import NothingLeftError, suggest_genome
+from lowsearch.search.promotion import standing
+from lowsearch.search.sampler import WHOLE_SCHEDULE, NothingLeftError, suggest_genome
 from lowsearch.search.samplers import SAMPLERS, Task
 from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
 from lowsearch.search.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
@@ -54,6 +54,8 @@ WORKER_LOCK = ".{slot}.lock"
 USER_ERROR_EXIT = 3
 MAX_PRUNED_IN_A_ROW = 300
 """A sampler that only finds networks over a limit, or only repeats, is stopped and the user told."""
+START = 24
+"""Networks of the diverse start, which are trained to the end whatever they promise; benchmarks/first_networks.py says why."""
 UNKNOWN_STD = 0.05
 """Of a score while there are too few records for a model."""
 
@@ -198,9 +200,12 @@ class SearchWorker:
             trial.set_user_attr("reason", reason)
             self._sign_off(trial)
             raise optuna.TrialPruned(reason)
-        score = self._score(self._parts.space.decode(genome), genome, family=trial.user_attrs["origin"] == "family")
+        whole = trial.user_attrs["origin"] == "family" or bool(trial.user_attrs.get(WHOLE_SCHEDULE))
+        score = self._score(self._parts.space.decode(genome), genome, whole=whole)
         if not is_held(self._study._storage, trial._trial_id, self._name):
             raise Overtaken
+        if score.stopped:
+            logger.info("trial %d: %s", trial.number, score.stopped)
         trial.set_user_attr("score", dataclasses.asdict(score))
         self._sign_off(trial)
         mean = {metric: float(values[0]) for metric, values in self._estimator.estimate(genome[None]).mean.items()}
@@ -261,6 +266,7 @@ class SearchWorker:
             Task(
                 space=self._parts.space, estimator=self._estimator, accuracy=self._newest_model, objectives=self._objectives,
                 limits=settings.limits, reference=self._plan.reference, seed=settings.seed, acceptable=self._acceptable,
+                start=START if self._training is not None else 0,
             )
         )  # fmt: skip
 
@@ -271,7 +277,7 @@ class SearchWorker:
 
     # Training ----------------------------------------------------------------------------------------------------------
 
-    def _score(self, arch: Arch, genome: np.ndarray, *, family: bool) -> Score:
+    def _score(self, arch: Arch, genome: np.ndarray, *, whole: bool) -> Score:
         if self._stand_in is not None:
             mean, std = self._stand_in.predict(genome[None])
             return Score(accuracy=float(mean[0]), accuracy_std=float(std[0]), rung=0.0)
@@ -284,17 +290,24 @@ class SearchWorker:
             records = [r for r in self._parts.records() if r.arch_id != record.arch_id or r.rung <= rung]
             scorer = self._parts.fit(records)
             mean, std = scorer.predict_record(record) if scorer else (record.val_accuracy, UNKNOWN_STD)
-            score = Score(accuracy=float(mean), accuracy_std=float(std), rung=rung, val_accuracy=float(record.val_accuracy))
-            if self._stopped.is_set() or not (family or self._may_go_on(record, records, scorer)):
+            against = "" if whole or rung >= 1 else self._against(record, records, scorer)
+            if self._stopped.is_set() and rung < 1:
+                against = "the search is over"
+            score = Score(
+                accuracy=float(mean), accuracy_std=float(std), rung=rung, val_accuracy=float(record.val_accuracy),
+                stopped=f"stopped at {100 * rung:.0f} %: {against}" if against else "",
+            )  # fmt: skip
+            if against:
                 break
         assert score is not None, "a ladder has at least one rung"
         return score
 
-    def _may_go_on(self, record: Record, records: Sequence[Record], scorer: Scorer | None) -> bool:
+    def _against(self, record: Record, records: Sequence[Record], scorer: Scorer | None) -> str:
+        """What speaks against training the network of `record` further, or nothing."""
         if self._objectives.metrics[0] != "accuracy":
-            return False  # A limit on accuracy alone: the first rung tells whether it is out of reach.
+            return "it has but to keep a limit, and the first rung tells"
         if self._gate is not None and self._gate.ended:
-            return True  # What is left to believe is a full training.
+            return ""  # What is left to believe is a full training.
         latest: dict[str, Record] = {}
         for other in records:
             if other.arch_id not in latest or other.rung > latest[other.arch_id].rung:
@@ -303,14 +316,14 @@ class SearchWorker:
         scores = [scorer.predict_record(m) if scorer else (m.val_accuracy, UNKNOWN_STD) for m in members]
         mean = dict(self._estimator.estimate(np.stack([self._parts.space.encode(m.arch) for m in members])).mean)
         mean["accuracy"] = np.array([s[0] for s in scores])
-        return may_go_on(
+        return standing(
             self._objectives.costs({metric: mean[metric] for metric in self._objectives.metrics}),
             np.array([s[1] for s in scores]),
             own=next(i for i, m in enumerate(members) if m.arch_id == record.arch_id),
             at_rung=np.array([m.rung >= record.rung for m in members]),
             edges=self._plan.slice_edges,
             reference=self._reference,
-        )
+        ).why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +337,8 @@ class Score:
     """Fraction of the full schedule that was trained."""
     val_accuracy: float | None = None
     """As measured at that rung."""
+    stopped: str = ""
+    """Why it was not trained further; empty where it was trained to the end, or not at all."""
 
 
 def _counts_as_tried(candidate: Candidate) -> bool:
