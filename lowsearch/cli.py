@@ -772,6 +772,9 @@ def train(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="With --init pretrained: from this file of weights, instead of the hub.")
     ] = None,
+    from_supernet: Annotated[
+        str | None, typer.Option("--from-supernet", metavar="NAME", help="Start from the weights that this supernet holds for the network.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     out: Annotated[
@@ -801,7 +804,13 @@ def train(
     require_trainable(device)
     if weights is not None and init != "pretrained":
         raise UsageError("--weights is given, but training starts from random weights", hint="--init pretrained")
+    if from_supernet is not None and init != "random":
+        raise UsageError(
+            "training starts from published weights or from a supernet's, not from both", hint="drop --init or --from-supernet"
+        )
     start, origin = _pretrained(network, seed, weights) if init == "pretrained" else (None, None)
+    if from_supernet is not None:
+        start, origin = _from_supernet(network, from_supernet, images)
     began = "" if origin is None else f"-from-{origin['source']}"
     folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}{began}-s{seed}"
     with _progress() as progress:
@@ -814,6 +823,15 @@ def train(
         return
     shown = ("arch_id", "data", "recipe", "seed", "val_accuracy", "test_accuracy", "test_accuracy_std", "cpu_seconds")
     _print_table("Trained", ["what", "value"], [*([k, _plain(metrics[k])] for k in shown), ["folder", str(folder)]])
+
+
+def _from_supernet(network: Any, name: str, images: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The weights that `network` inherits from a supernet, statistics included, and where they are from."""
+    from lowsearch.train.supernet import inherit, load_supernet
+
+    folder, plan = _supernet(name)
+    model = inherit(load_supernet(folder), network, images)
+    return model.state_dict(), {"source": f"supernet-{folder.name}", "supernet_hash": plan.supernet_hash, "share": 1.0}
 
 
 def _pretrained(network: Any, seed: int, weights: Path | None) -> tuple[Mapping[str, Any], dict[str, Any]]:

@@ -29,7 +29,7 @@ from lowsearch.errors import DataError, NotInSpaceError, StudyError, UsageError
 from lowsearch.model.elastic import Supernet
 from lowsearch.space import SearchSpace
 from lowsearch.train import CurvePoint, Recipe, evaluate
-from lowsearch.train.engine import network_input
+from lowsearch.train.engine import hash_of_init, network_input
 from lowsearch.train.supernet import (
     CHECKPOINT,
     PLAN,
@@ -486,7 +486,20 @@ def test_the_verbs_train_resume_and_score(tmp_path: Path, monkeypatch: pytest.Mo
     top1 = json.loads(capsys.readouterr().out)
     assert top1["unit"] == "top1" and all(0.3 < row["estimate"] < 0.9 and row["estimate_std"] > 0 for row in top1["networks"])
 
+    warm = ["train", "0.json", "--recipe-set", "train_images=128", "--epochs", "1", "--json"]
+    assert cli.invoke([*warm, "--from-supernet", "n"]) == 0
+    started = json.loads(capsys.readouterr().out)
+    expected = inherit(load_supernet(tmp_path / "supernets" / "n"), Arch.from_json(paths[0].read_text()), whole).state_dict()
+    assert started["init"] == hash_of_init(expected) and started["origin"]["source"] == "supernet-n"
+    assert cli.invoke(warm) == 0
+    cold = json.loads(capsys.readouterr().out)
+    assert cold["init"] is None and cold["folder"] != started["folder"]
+    assert cli.invoke([*warm, "--from-supernet", "n", "--out", cold["folder"]]) == 2
+    assert "holds a training with init None" in capsys.readouterr().err
+
     for arguments, what in (
+        (["train", "0.json", "--from-supernet", "n", "--init", "pretrained"], "not from both"),
+        (["train", "lowformer_b0", "--from-supernet", "n"], "space 'tiny' offers"),
         (["supernet", "score", "n"], "no network was named"),
         (["supernet", "score", "other", "--arch", "x.json"], "no supernet 'other'; hint: known: n"),
         (["supernet", "score", "n", "--arch", "0.json", "--calibrate", "missing.jsonl"], "there is no missing.jsonl"),
