@@ -7,6 +7,7 @@ the teacher's own normalisation and, where it takes one size only, to that size.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def timm_teacher(name: str, weights: Path, *, num_classes: int, mean: tuple[floa
     check_name(name)
     state = read_checkpoint(weights)
     network = timm.create_model(name, pretrained=False, num_classes=num_classes)
-    config = network.pretrained_cfg
+    config: Any = network.pretrained_cfg
     first = config.get("classifier")
     head = first[0] if isinstance(first, tuple | list) else first
     if f"{head}.weight" in state:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -96,10 +96,11 @@ class Augmentation:
 
         recipe = self._recipe
         try:
-            crop, change, _ = transforms_imagenet_train(
-                px, scale=(recipe.random_crop or 1.0, 1.0), hflip=0.0, color_jitter=None, auto_augment=recipe.auto_augment,
+            parts: Any = transforms_imagenet_train(
+                px, scale=(recipe.random_crop or 1.0, 1.0), hflip=0.0, color_jitter=cast(Any, None), auto_augment=recipe.auto_augment,
                 mean=IMAGE_MEAN, std=IMAGE_STD, separate=True,
             )  # fmt: skip
+            crop, change, _ = parts
         except (AssertionError, KeyError, ValueError) as error:
             raise UsageError(
                 f"recipe: auto_augment is {recipe.auto_augment!r}, which timm refuses ({error or type(error).__name__})",

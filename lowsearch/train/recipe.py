@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lowsearch.errors import UsageError
 
@@ -311,7 +311,9 @@ def _typed(name: str, value: Any) -> Any:
     good = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
     good = good and all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
     _check(name, value, good, expected + (", or null" if optional else ""))
-    return tuple(map(float, parts)) if kind.startswith("tuple") else float(value) if kind == "float" else value
+    if kind.startswith("tuple"):
+        return tuple(map(float, parts))
+    return float(cast(float, value)) if kind == "float" else value
 
 
 def teacher_files(teacher: str) -> tuple[str, list[Path]]:
