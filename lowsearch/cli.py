@@ -427,8 +427,15 @@ def run(
         str,
         typer.Option("--objective", help="Joined by '-': acc, latency, throughput, imagetime, memory, size, energy, macs, params."),
     ] = "acc-latency",
-    device: DeviceOption = "cpu",
-    runtime: RuntimeOption = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device", help="cpu (default), cuda, or a name such as rtx3090; several: one search for all, measured on the first."
+        ),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option("--runtime", help="As onnxruntime, cudagraphs or openvino: one for all devices, or one for each.")
+    ] = None,
     space: SpaceOption = "lowformer-micro",
     data: Annotated[
         str | None,
@@ -439,7 +446,8 @@ def run(
     study: Annotated[str | None, typer.Option("--study", help="Name of the study's folder; default: the objective.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     maximum: Annotated[
-        list[str] | None, typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3 or peak_memory_mb=20.")
+        list[str] | None,
+        typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3, latency_ms@rtx3090=3 or peak_memory_mb=20."),
     ] = None,
     minimum: Annotated[
         list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8 or throughput_ips=500.")
@@ -464,9 +472,11 @@ def run(
     ] = None,
     recipe_set: RecipeSetOption = None,
     final_seeds: Annotated[int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist.")] = None,
-    precision: PrecisionOption = "fp32",
-    batch: BatchOption = 1,
-    threads: ThreadsOption = 1,
+    precision: Annotated[list[str] | None, typer.Option("--precision", help="fp32 (default), fp16, bf16 or int8: one for all.")] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Images in one forward pass; default 1.")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", min=1, help="CPU threads of the runtime; default 1, more are timed in wall time.")
+    ] = None,
     allow_stale: Annotated[
         bool, typer.Option("--allow-stale", help="Use a latency table of this machine that other versions or another driver measured.")
     ] = False,
@@ -488,7 +498,8 @@ def run(
 
     folder = locations.new("studies") / _study_name(objective if study is None else study)
     asked: dict[str, Any] = {
-        "device": device, "runtime": runtime, "precision": precision, "batch": batch, "threads": threads, "space": space, "data": data,
+        "device": ",".join(device or ["cpu"]), "runtime": ",".join(runtime) if runtime else None, "precision": _one("precision", precision, "fp32"),
+        "batch": _one("batch", batch, 1), "threads": _one("threads", threads, 1), "space": space, "data": data,
         "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": _recipe_spec(recipe, recipe_set), "accuracy": accuracy, "final_seeds": final_seeds,
@@ -508,6 +519,7 @@ def run(
         _print_json({"study": folder.name, "front": result.front, "summary": result.summary, "report": str(page)})
         return
     _print_front(read_study(folder), result.front)
+    _print_sharing(result.summary)
     if settings.accuracy == "published":
         from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 
@@ -1106,6 +1118,17 @@ def _was_typed(context: typer.Context, parameter: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def _one(name: str, values: Sequence[Any] | None, default: Any) -> Any:
+    """The value of an option that holds for all devices of a search. Raises UsageError where there are several."""
+    different = list(dict.fromkeys(values or [default]))
+    if len(different) > 1:
+        raise UsageError(
+            f"--{name} is given as {' and '.join(map(str, different))}: one search has one {name}, on every device",
+            hint=f"--{name} {different[0]}, and another study for the other",
+        )
+    return different[0]
+
+
 def _without_password(url: str | None) -> str | None:
     """The url of a storage as it may be stored; its password goes where this process and its workers read it."""
     if url is None:
@@ -1200,6 +1223,7 @@ def _print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
             else {}
         )
         | {"latency_ms": row["latency_ms"], "±": row["latency_std_ms"], "source": row["latency_source"]}
+        | _on_other_devices(study, row)
         | {headings[metric]: _whole_where_large(row.get(metric)) for metric in asked}
         | {"MMACs": row["macs"] / 1e6, "Mparams": row["params"] / 1e6, "px": row["resolution_px"]}
         for row in sorted(front, key=lambda row: row["latency_ms"])
@@ -1208,6 +1232,30 @@ def _print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
         _print_rows(f"Front of {study.name}: {len(rows)} networks", rows)
     else:
         _tell("the front is empty: no network kept the limits")
+
+
+def _on_other_devices(study: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a front's row that a study of several devices adds: latency on all but the first, and the worst case."""
+    others = list(study.settings.get("devices") or ())[1:]
+    columns = {f"ms on {other['device']} ({other['latency_source']})": row[f"latency_ms@{other['device']}"] for other in others}
+    return {**columns, "worst": row["worst_latency"]} if others else {}
+
+
+def _print_sharing(summary: Mapping[str, Any]) -> None:
+    """What one network for all devices costs, in a search of several."""
+    if "sharing" not in summary:
+        return
+    rows = [
+        {"network for": "all devices" if name == "shared" else f"{name} alone", "networks": front["networks"]}
+        | {f"on {device} %": _slower(front["mean_regret"][device]) for device in summary["sharing"]["devices"]}
+        | {"worst device %": _slower(front["mean_worst_regret"]), "at most %": _slower(front["worst_regret"])}
+        for name, front in summary["sharing"]["fronts"].items()
+    ]
+    _print_rows("What sharing costs: slower than the device's own front at no lower score, mean over the front", rows)
+
+
+def _slower(regret: float | None) -> float | None:
+    return None if regret is None else round(100 * (regret - 1), 1)
 
 
 def _whole_where_large(value: float | None) -> float | None:

@@ -24,17 +24,28 @@ from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
-from lowsearch.errors import StudyError
+from lowsearch.errors import StudyError, UsageError
 from lowsearch.files import write_atomically
 from lowsearch.latency.energy import why_not_exposed
 from lowsearch.latency.energy_model import MIN_COUNTED, counted_networks, fit_energy
 from lowsearch.latency.measure import measure_networks
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import current_context, profile, staleness, usable_table
-from lowsearch.latency.table import LatencyTable, check_fits, default_runtime
+from lowsearch.latency.table import LatencyTable, check_fits
 from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
-from lowsearch.search.knowledge import RECIPE_FILE, SPACE_FILE, TABLE_FILE, target_of
+from lowsearch.search.devices import Fleet
+from lowsearch.search.knowledge import (
+    LARGEST_EMBEDDED_PX,
+    RECIPE_FILE,
+    SPACE_FILE,
+    TABLE_FILE,
+    fleet_of,
+    table_files,
+    target_of,
+    targets_of,
+)
+from lowsearch.search.objectives import ON_DEVICES, Limit
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings, stored_settings
 from lowsearch.search.verification import VERIFIED, Verifications
@@ -45,8 +56,6 @@ from lowsearch.train.recipe import DEFAULT_RECIPE
 log = logging.getLogger(__name__)
 
 HELD_OUT_FILE = "trust.jsonl"
-LARGEST_EMBEDDED_PX = 96
-"""The embedded images have 28 pixels: what they say about networks for more than this is not worth training for."""
 
 
 def resolve(settings: StudySettings) -> StudySettings:
@@ -54,8 +63,7 @@ def resolve(settings: StudySettings) -> StudySettings:
 
     Raises StudyError where nothing on this machine can tell the accuracy of the space's networks.
     """
-    device = resolve_device(settings.device).slug
-    settings = dataclasses.replace(settings, device=device, runtime=settings.runtime or default_runtime(device))
+    settings = _resolve_devices(settings)
     space = SearchSpace.load(settings.space)
     small = min(px for px, _ in space.genes[0].choices) <= LARGEST_EMBEDDED_PX
     if settings.accuracy == "published" and small:
@@ -75,8 +83,48 @@ def resolve(settings: StudySettings) -> StudySettings:
         require_trainable(settings.train_device)
     return dataclasses.replace(
         settings, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
-        train_device=settings.train_device or ("cuda" if resolve_device(device).kind == "cuda" and can_train("cuda") else "cpu"),
+        train_device=settings.train_device or ("cuda" if _on_gpu(settings) and can_train("cuda") else "cpu"),
     )  # fmt: skip
+
+
+def _resolve_devices(settings: StudySettings) -> StudySettings:
+    """`settings` with its devices, runtimes, objective and the devices of its limits as they are stored."""
+    targets = targets_of(settings)
+    for i, target in enumerate(targets):
+        if target in targets[:i]:
+            raise UsageError(
+                f"{target.device} with runtime {target.runtime} is named twice", hint="drop one --device, or give them different --runtime"
+            )
+    settings = dataclasses.replace(settings, device=",".join(t.device for t in targets), runtime=",".join(t.runtime for t in targets))
+    objectives = settings.objective.split("-")
+    if len(targets) > 1:
+        if clash := {"throughput", "imagetime"} & {*objectives}:
+            raise UsageError(
+                f"{min(clash)} is of one device, and {len(targets)} are searched for",
+                hint=f"--objective {settings.objective.replace(min(clash), 'latency')}: with several devices, the worst case over them",
+            )
+        objectives = [ON_DEVICES.get(name, name) for name in objectives]
+    limits = tuple(dataclasses.replace(limit, device=_label_meant(limit, settings)) if limit.device else limit for limit in settings.limits)
+    return dataclasses.replace(settings, objective="-".join(objectives), limits=limits)
+
+
+def _label_meant(limit: Limit, settings: StudySettings) -> str:
+    """The label of the device that a user's limit names: as it is, by an alias, or by its beginning; empty where there is one device."""
+    typed, _, runtime = limit.device.partition("/")
+    typed = resolve_device(typed).slug + (f"/{runtime}" if runtime else "")
+    found = [label for label in settings.labels if label == typed] or [label for label in settings.labels if label.startswith(typed)]
+    if len(found) != 1:
+        raise UsageError(
+            f"--{limit.side} {limit.name}={limit.bound:g}: {limit.device!r} is {'none' if not found else 'more than one'} of the devices "
+            f"{', '.join(settings.labels)}",
+            hint=f"--{limit.side} {limit.metric}@{settings.labels[0]}={limit.bound:g}, or {limit.metric} alone for every device",
+        )
+    return found[0] if len(settings.devices) > 1 else ""
+
+
+def _on_gpu(settings: StudySettings) -> bool:
+    """Whether a GPU of this machine is among the devices searched for."""
+    return any(resolve_device(device).kind == "cuda" for device in settings.devices)
 
 
 def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
@@ -93,18 +141,42 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         write_atomically(folder / SPACE_FILE, SearchSpace.load(settings.space).text)
     if schedule is not None and not (folder / RECIPE_FILE).exists():
         write_atomically(folder / RECIPE_FILE, yaml.safe_dump(schedule.to_dict(), sort_keys=False))
-    target = target_of(settings)
-    stored = folder / TABLE_FILE
+    targets = targets_of(settings)
+    if not (folder / TABLE_FILE).exists():
+        _require_first_attached(settings)
+        for target in targets[1:]:  # Before anything is measured: a table that is missing elsewhere is told at once.
+            usable_table(space, target, allow_stale=settings.allow_stale)
+    for target, file in zip(targets, table_files(settings), strict=True):
+        _prepare_table(folder / file, settings, space, target, progress, first=target == targets[0])
+
+
+def _require_first_attached(settings: StudySettings) -> None:
+    """Raise UsageError where a device that is attached stands behind one that is not: only the first is measured."""
+    attached = [resolve_device(device).attached for device in settings.devices]
+    if any(attached) and not attached[0]:
+        order = sorted(zip(settings.devices, settings.runtimes, attached, strict=True), key=lambda row: not row[2])
+        devices, runtimes, _ = zip(*order, strict=True)
+        raise UsageError(
+            f"{settings.devices[0]} is not attached to this machine, {devices[0]} is; networks are measured on the device named first",
+            hint=" ".join([*(f"--device {device}" for device in devices), *(f"--runtime {runtime}" for runtime in runtimes)]),
+        )
+
+
+def _prepare_table(
+    stored: Path, settings: StudySettings, space: SearchSpace, target: Target, progress: Progress | None, *, first: bool
+) -> None:
+    """Put the table of one target at `stored`. Energy is the first device's."""
     if not stored.exists():
         table = usable_table(space, target, allow_stale=settings.allow_stale)
-        if _lacks_energy(settings, space, table):
+        lacks_energy = first and _lacks_energy(settings, space, table)
+        if lacks_energy:
             require_counter(target)
-        if table is None or _lacks_energy(settings, space, table):
+        if table is None or lacks_energy:
             profile(space, target, progress=progress)
             table = usable_table(space, target, allow_stale=settings.allow_stale)
         assert table is not None, "profile has just measured it"
         LatencyPredictor(space, table)  # Raises where the table cannot carry a search.
-        if _lacks_energy(settings, space, table):
+        if first and _lacks_energy(settings, space, table):
             raise StudyError(f"energy is asked for, but the counter of {target.device} gave none", hint=_WITHOUT_ENERGY)
         _copy_table(table, stored)
     elif not settings.allow_stale and (device := resolve_device(target.device)).attached:
@@ -140,6 +212,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     attached = resolve_device(target.device).attached
     table = LatencyTable.load(folder / TABLE_FILE)
     predictor = LatencyPredictor(space, table)
+    fleet = fleet_of(folder, settings, space, predictor)
     untrained = AccuracyPredictor(space)
 
     def records() -> Sequence[AccuracyRecord]:
@@ -179,6 +252,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         assert data is not None and schedule is not None
         return train_final(arch, data, schedule, seed=seed, path=path, device=trains_on)
 
+    stale = staleness(table) if settings.allow_stale else []
     schedule = _schedule(folder, settings)
     trains_on = settings.train_device or "cpu"
     trains = data is not None and schedule is not None
@@ -187,17 +261,17 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
         train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
         proxies=proxies if trains else None, measure=measure if attached else None, batch=target.batch, precision=target.precision,
-        energy=fit_energy(predictor),
+        energy=fit_energy(predictor), fleet=fleet, sources=_sources(settings),
         verify=verify if attached and can_time_beside_trainings(settings) else None,
         verifications=Verifications(folder / VERIFIED),
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
-        facts=_facts(settings, table, data, stale=staleness(table) if settings.allow_stale else []),
+        facts={**_facts(settings, table, data, stale=stale), **_device_facts(folder, settings, fleet)},
     )  # fmt: skip
 
 
 def can_time_beside_trainings(settings: StudySettings) -> bool:
     """Whether a worker can measure a network while others train: not in wall time (several threads), and not on the GPU they train on."""
-    on_their_gpu = settings.train_device == "cuda" and resolve_device(settings.device).kind == "cuda"
+    on_their_gpu = settings.train_device == "cuda" and resolve_device(settings.devices[0]).kind == "cuda"
     return settings.workers == 1 or (settings.threads == 1 and not on_their_gpu)
 
 
@@ -247,6 +321,29 @@ def _copy_table(table: LatencyTable, path: Path) -> None:
     written = table.save(staging)
     written.replace(path)
     shutil.rmtree(staging)
+
+
+def _sources(settings: StudySettings) -> dict[str, str]:
+    """Where latencies are from until they are measured, by the label of the device."""
+    attached = [resolve_device(device).attached for device in settings.devices]
+    return {label: "predicted" if here else "table" for label, here in zip(settings.labels, attached, strict=True)}
+
+
+def _device_facts(folder: Path, settings: StudySettings, fleet: Fleet | None) -> dict[str, Any]:
+    """What study.yaml states of each of several devices: where its latencies are from, and its scale."""
+    if fleet is None:
+        return {}
+    tables = [LatencyTable.load(folder / file) for file in table_files(settings)]
+    sources = _sources(settings)
+    return {
+        "devices": [
+            {
+                "device": label, "runtime": table.target.runtime, "device_name": table.context.device_name,
+                "latency_source": sources[label], "measured": table.context.date_utc, **dataclasses.asdict(fleet.scales[label]),
+            }
+            for label, table in zip(fleet.labels, tables, strict=True)
+        ]
+    }  # fmt: skip
 
 
 def _facts(settings: StudySettings, table: LatencyTable, data: ImageData | None, *, stale: list[str]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ The inner search of the sampler sees networks only through this.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 from lowsearch import cost, footprint
 from lowsearch.errors import UsageError
 from lowsearch.footprint import ACTIVATION_BYTES, MB, Precision
+from lowsearch.search.devices import Fleet, LatencyModel
 from lowsearch.search.objectives import DIRECTION, LATENCY_METRICS, Limit, Metric, Objectives, of_latency
 from lowsearch.space import Scorer, SearchSpace
 
@@ -25,14 +27,6 @@ ACCURACY_MARGIN = 2.0
 
 _LEAST_MS = 1e-9
 """A latency at its confidence is positive, however uncertain its prediction."""
-
-
-class LatencyModel(Protocol):
-    """Predicted latency; `latency.LatencyPredictor` is one."""
-
-    def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, n_genes) -> mean_ms (n,), std_ms (n,)."""
-        ...
 
 
 class EnergyPredictor(Protocol):
@@ -64,10 +58,18 @@ class Estimates:
     std: Mapping[Metric, np.ndarray]
     batch: int = 1
     """Images of the forward pass that latency is of."""
+    by_device: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """mean_ms (n,) and std_ms (n,) by the label of a device, where there are several; `mean` and `std` have those of the first."""
+
+    def latencies(self, device: str = "") -> list[tuple[np.ndarray, np.ndarray]]:
+        """mean_ms (n,) and std_ms (n,) on the device of that label, or on every one."""
+        if device:
+            return [self.by_device[device]]
+        return list(self.by_device.values()) or [(self.mean["latency_ms"], self.std["latency_ms"])]
 
 
 class Estimator:
-    """Scores populations. `latency` may be None only where no latency is asked for.
+    """Scores populations. `latency` may be None only where no latency is asked for, and is a Fleet where there are several devices.
 
     `batch` and `precision` are the target's: throughput, memory and file size depend on them.
     """
@@ -112,8 +114,14 @@ class Estimator:
             "macs": sums[:, 0], "params": sums[:, 1], "artifact_mb": artifact_mb, "peak_memory_mb": artifact_mb + activations_mb,
         }  # fmt: skip
         std: dict[Metric, np.ndarray] = dict.fromkeys(mean, exact)
+        by_device: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if self.latency is not None:
-            latency_ms, std_ms = map(np.asarray, self.latency.predict(genomes))
+            if isinstance(self.latency, Fleet):
+                by_device = self.latency.predict_each(genomes)
+                mean["worst_latency"], std["worst_latency"] = self.latency.worst(by_device)
+                latency_ms, std_ms = by_device[self.latency.labels[0]]
+            else:
+                latency_ms, std_ms = map(np.asarray, self.latency.predict(genomes))
             for metric in LATENCY_METRICS:
                 mean[metric] = of_latency(metric, latency_ms, self.batch)
                 std[metric] = mean[metric] * (std_ms / latency_ms)
@@ -121,7 +129,24 @@ class Estimator:
                 mean["energy_mj"], std["energy_mj"] = self.energy.predict(genomes, latency_ms)
         if accuracy is not None:
             mean["accuracy"], std["accuracy"] = map(np.asarray, accuracy.predict(genomes))
-        return Estimates(mean, std, self.batch)
+        return Estimates(mean, std, self.batch, by_device)
+
+    def as_measured(self, estimates: Estimates, latency_ms: np.ndarray) -> Estimates:
+        """`estimates` with another latency (n,) on the first device, and with what follows from it."""
+        mean = {**estimates.mean, **{metric: of_latency(metric, latency_ms, self.batch) for metric in LATENCY_METRICS}}
+        by_device = estimates.by_device
+        if isinstance(self.latency, Fleet):
+            first = self.latency.labels[0]
+            by_device = {**by_device, first: (latency_ms, by_device[first][1])}
+            mean["worst_latency"] = self.latency.worst(by_device)[0]
+        return replace(estimates, mean=mean, by_device=by_device)
+
+    def on_device(self, label: str) -> Estimator:
+        """Of a fleet: the same estimates, with the worst case of one device alone."""
+        assert isinstance(self.latency, Fleet)
+        other = copy(self)
+        other.latency = self.latency.alone(label)
+        return other
 
 
 def check_models(objectives: Objectives, limits: Sequence[Limit], *, latency: LatencyModel | None, energy: EnergyPredictor | None) -> None:
@@ -131,25 +156,39 @@ def check_models(objectives: Objectives, limits: Sequence[Limit], *, latency: La
         raise UsageError("energy is an objective or has a limit, but there is no energy model", hint="pass energy=")
     if latency is None and asked & {*LATENCY_METRICS}:
         raise UsageError("latency is an objective or has a limit, but there is no latency model", hint="pass latency=")
+    if "worst_latency" in asked and not isinstance(latency, Fleet):
+        raise UsageError("worst-case latency is of several devices, but there is one", hint="pass latency=Fleet(...)")
 
 
 def at_confidence(estimates: Estimates, limit: Limit) -> np.ndarray:
     """The values (n,) that `limit` is held against, in its metric.
 
     Latency and energy count at the limit's confidence (a bare mean would break it half the time), and throughput and time per image are
-    those of that latency; accuracy counts with a margin in its favour.
+    those of that latency, on the limit's device or on the one of all that is farthest off; accuracy counts with a margin in its favour.
     """
     quantile = NormalDist().inv_cdf(limit.confidence)
     if limit.metric in LATENCY_METRICS:
-        margin_ms = quantile * estimates.std["latency_ms"]
-        latency_ms = estimates.mean["latency_ms"] + (margin_ms if limit.caps_latency else -margin_ms)
+        margin = quantile if limit.caps_latency else -quantile
+        latencies_ms = [mean_ms + margin * std_ms for mean_ms, std_ms in estimates.latencies(limit.device)]
+        latency_ms = (np.max if limit.caps_latency else np.min)(latencies_ms, axis=0)
         return of_latency(limit.metric, np.maximum(latency_ms, _LEAST_MS), estimates.batch)
     value, std = estimates.mean[limit.metric], estimates.std[limit.metric]
-    if limit.metric == "energy_mj":
+    if limit.metric in ("energy_mj", "worst_latency"):
         return value + quantile * (std if limit.side == "max" else -std)
     if limit.metric == "accuracy":
         return value + ACCURACY_MARGIN * (std if limit.side == "min" else -std)
     return value
+
+
+def of_limit(estimates: Estimates, limit: Limit) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (n,) and standard deviation (n,) of what `limit` is about: on its device, or where it is for several, on the farthest off."""
+    if limit.metric not in LATENCY_METRICS or not estimates.by_device:
+        return estimates.mean[limit.metric], estimates.std[limit.metric]
+    means, stds = (np.stack(values) for values in zip(*estimates.latencies(limit.device), strict=True))
+    which = (np.argmax if limit.caps_latency else np.argmin)(means, axis=0)
+    latency_ms, std_ms = (values[which, np.arange(values.shape[1])] for values in (means, stds))
+    value = of_latency(limit.metric, latency_ms, estimates.batch)
+    return value, value * (std_ms / latency_ms)
 
 
 def excess(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:

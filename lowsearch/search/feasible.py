@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowsearch.errors import StudyError
-from lowsearch.search.estimates import Estimator, at_confidence, excess
+from lowsearch.search.estimates import Estimator, at_confidence, excess, of_limit
 from lowsearch.search.objectives import Limit
 from lowsearch.space import SearchSpace
 
@@ -55,9 +55,9 @@ def check_limits(estimator: Estimator, limits: Sequence[Limit]) -> None:
     for limit in known:
         if not excess(estimates, [limit])[0]:
             continue
-        value, std = float(estimates.mean[limit.metric][0]), float(estimates.std[limit.metric][0])
-        misses.append(f"{limit.metric} {value:.4g}{f' ± {std:.2g}' if std else ''}")
-        flags.append(f"--{limit.side} {limit.metric}={_rounded(float(at_confidence(estimates, limit)[0]), up=limit.side == 'max')}")
+        value, std = (float(values[0]) for values in of_limit(estimates, limit))
+        misses.append(f"{limit.name} {value:.4g}{f' ± {std:.2g}' if std else ''}")
+        flags.append(f"--{limit.side} {limit.name}={_rounded(float(at_confidence(estimates, limit)[0]), up=limit.side == 'max')}")
     proof = f"all {space.size():,} were looked at" if space.size() <= MAX_LISTED else "none was found"
     found = f"the nearest, {space.decode(genome).arch_id}, has {', '.join(misses)}"
     raise StudyError(

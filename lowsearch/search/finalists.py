@@ -23,8 +23,8 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.objectives import LATENCY_METRICS, Metric, of_latency
-from lowsearch.search.outputs import accuracy_columns, decode, write_csv
+from lowsearch.search.objectives import Metric
+from lowsearch.search.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.shortlist import Measurement, Measurements, best_cover, keeps_measured_limits, largest_allowed_ms, measure, shortlist
@@ -229,15 +229,16 @@ def write_finals(
     rows = []
     for f in plan.finalists:
         estimates = estimator.estimate(parts.space.encode(f.arch)[None])
-        mean = {metric: float(values[0]) for metric, values in estimates.mean.items()}
-        predicted = (mean["latency_ms"], float(estimates.std["latency_ms"][0]))
-        found = measured.networks.get(f.arch_id) or Measurement(*predicted, predicted_latency_ms=mean["latency_ms"])
+        predicted_ms, predicted_std_ms = float(estimates.mean["latency_ms"][0]), float(estimates.std["latency_ms"][0])
+        found = measured.networks.get(f.arch_id) or Measurement(predicted_ms, predicted_std_ms, predicted_latency_ms=predicted_ms)
         latency_ms = found.latency_ms
+        estimates = estimator.as_measured(estimates, np.array([latency_ms]))
+        mean = {metric: float(values[0]) for metric, values in estimates.mean.items()}
         row: dict[str, Any] = {
-            **mean, **{metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS},
+            **mean, **device_values(estimates)[0],
             "arch_id": f.arch_id, "name": f.name, "origin": f.origin, "latency_std_ms": found.latency_std_ms,
             "latency_source": "measured" if f.arch_id in measured.networks else parts.latency_source,
-            "predicted_latency_ms": mean["latency_ms"], "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms),
+            "predicted_latency_ms": predicted_ms, "limit_ms": limit_ms, "over_limit": bool(latency_ms > limit_ms),
             "energy_source": "predicted" if "energy_mj" in mean else "",
             "resolution_px": f.arch.resolution_px, "n_seeds": len(scores[f.arch_id]),
         }  # fmt: skip
@@ -254,8 +255,9 @@ def write_finals(
     describe([f.arch for f in plan.finalists])
     for f, row in zip(plan.finalists, rows, strict=True):
         _write_model(folder, f, row, scores[f.arch_id], plan.seeds)
-    write_csv(folder / "finalists.csv", COLUMNS, rows)
-    write_csv(folder / "front.csv", COLUMNS, [row for row in rows if row["on_front"]])
+    columns = (*COLUMNS, *device_columns(parts))
+    write_csv(folder / "finalists.csv", columns, rows)
+    write_csv(folder / "front.csv", columns, [row for row in rows if row["on_front"]])
     return rows
 
 

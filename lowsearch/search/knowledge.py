@@ -25,14 +25,17 @@ from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.profile import usable_table
 from lowsearch.latency.table import LatencyTable, default_runtime
 from lowsearch.latency.target import Target, resolve_device, resolve_target
+from lowsearch.search.devices import Fleet, fit_scales, scales_from
 from lowsearch.search.estimates import AccuracyModel, Estimator
 from lowsearch.search.parts import stand_in_of
-from lowsearch.search.settings import STAND_INS, StudySettings, stored_settings
+from lowsearch.search.settings import STAND_INS, StudySettings, read_study_file, stored_settings
 from lowsearch.space import SearchSpace
 
 SPACE_FILE = "space.yaml"
 RECIPE_FILE = "recipe.yaml"
 TABLE_FILE = "latency_table.jsonl"
+LARGEST_EMBEDDED_PX = 96
+"""The embedded images have 28 pixels: what they say about networks for more than this is not worth training for."""
 
 
 class ScoreModel(AccuracyModel, Protocol):
@@ -55,22 +58,57 @@ class Knowledge:
     """None without a study, and in a study that has trained nothing."""
     score_source: str = ""
     """`estimated` for an accuracy, else `proxy:macs` or `proxy:params`; empty without a score."""
+    fleet: Fleet | None = None
+    """All devices of the study, where there are several; `latency` is the first's."""
 
     @property
     def estimator(self) -> Estimator:
         """Scores populations of the space, on the table's target."""
         target = self.latency.table.target
         return Estimator(
-            self.space, self.latency, batch=target.batch, precision=target.precision, energy=fit_energy(self.latency)
+            self.space, self.fleet or self.latency, batch=target.batch, precision=target.precision, energy=fit_energy(self.latency)
         )  # fmt: skip
 
 
+def targets_of(settings: StudySettings) -> tuple[Target, ...]:
+    """The targets of a study's latencies, one a device."""
+    named = settings.runtimes or (None,)
+    runtimes = named * len(settings.devices) if len(named) == 1 else named
+    return tuple(
+        resolve_target(
+            device, runtime or default_runtime(device), precision=settings.precision, batch=settings.batch, threads=settings.threads
+        )
+        for device, runtime in zip(settings.devices, runtimes, strict=True)
+    )
+
+
 def target_of(settings: StudySettings) -> Target:
-    """The target of a study's latencies."""
-    runtime = settings.runtime or default_runtime(settings.device)
-    return resolve_target(
-        settings.device, runtime, precision=settings.precision, batch=settings.batch, threads=settings.threads
-    )  # fmt: skip
+    """The target that a study measures: the first."""
+    return targets_of(settings)[0]
+
+
+def table_files(settings: StudySettings) -> tuple[str, ...]:
+    """Where a study keeps its latency tables, one a device."""
+    return (TABLE_FILE, *(f"{Path(TABLE_FILE).stem}-{i}.jsonl" for i in range(2, len(settings.devices) + 1)))
+
+
+def fleet_of(folder: Path, settings: StudySettings, space: SearchSpace, first: LatencyPredictor) -> Fleet | None:
+    """The devices of the study in `folder`, `first` among them; None where there is one. Their scales are fitted where it is new."""
+    if len(settings.devices) == 1:
+        return None
+    others = [LatencyPredictor(space, LatencyTable.load(folder / file)) for file in table_files(settings)[1:]]
+    devices = dict(zip(settings.labels, (first, *others), strict=True))
+    stored = read_study_file(folder) or {}
+    scales = scales_from(stored["devices"]) if "devices" in stored else fit_scales(space, devices, _capacity(settings, space))
+    return Fleet(devices, scales)
+
+
+def _capacity(settings: StudySettings, space: SearchSpace) -> AccuracyModel:
+    """What tells which networks of different devices are worth the same before any is trained."""
+    small = min(px for px, _ in space.genes[0].choices) <= LARGEST_EMBEDDED_PX
+    stand_in = stand_in_of(settings, space) or stand_in_of(dataclasses.replace(settings, accuracy="macs" if small else "published"), space)
+    assert stand_in is not None
+    return stand_in
 
 
 def on_target(space: SearchSpace, target: Target) -> Knowledge:
@@ -91,6 +129,8 @@ def of_study(folder: Path, settings: StudySettings | None = None) -> Knowledge:
     space = space.with_num_classes(_num_classes(folder, space))
     stored = folder / TABLE_FILE
     known = _known(space, LatencyTable.load(stored)) if stored.exists() else on_target(space, target_of(settings))
+    if stored.exists():
+        known = dataclasses.replace(known, fleet=fleet_of(folder, settings, space, known.latency))
     stand_in = stand_in_of(settings, space)
     if stand_in is not None and settings.accuracy is not None:
         return dataclasses.replace(known, score=stand_in, score_source=STAND_INS[settings.accuracy])

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
 from lowsearch.search.foreign import gene_distributions
-from lowsearch.search.knowledge import RECIPE_FILE, SPACE_FILE, TABLE_FILE, of_study, settings_of
+from lowsearch.search.knowledge import RECIPE_FILE, SPACE_FILE, of_study, settings_of, table_files
 from lowsearch.search.sampler import gene_indices
 from lowsearch.search.settings import EXTENSIBLE, StudySettings, read_study_file
 from lowsearch.search.storage import DATABASE, SERVER_STUDY, candidates, has_database, open_study
@@ -65,7 +65,7 @@ def _common_settings(first: Path, second: Path) -> StudySettings:
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
         if mine != theirs and field.name not in MAY_DIFFER:
             raise refuse(field.name, mine, theirs)
-    for name in (DATABASE, SPACE_FILE, TABLE_FILE):
+    for name in (DATABASE, SPACE_FILE, *table_files(one)):
         for folder in (first, second):
             if not (has_database(folder) if name == DATABASE else (folder / name).exists()):
                 raise StudyError(f"study {folder.name!r} holds no {name}, so it cannot be merged", hint="merge studies where they were run")
@@ -81,7 +81,7 @@ def _common_settings(first: Path, second: Path) -> StudySettings:
 
 
 def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> dict[str, int]:
-    for file in (SPACE_FILE, RECIPE_FILE, TABLE_FILE, "networks.json"):
+    for file in (SPACE_FILE, RECIPE_FILE, *table_files(settings), "networks.json"):
         if (first / file).exists():
             shutil.copyfile(first / file, folder / file)
     records = AccuracyRecords(folder / "records.jsonl")

@@ -17,7 +17,8 @@ from lowsearch.errors import UsageError
 from lowsearch.search.pareto import MAX_OBJECTIVES
 
 Metric = Literal[
-    "accuracy", "latency_ms", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "macs", "params"
+    "accuracy", "latency_ms", "throughput_ips", "time_per_image_ms", "worst_latency", "peak_memory_mb", "artifact_mb", "energy_mj", "macs",
+    "params",
 ]  # fmt: skip
 Direction = Literal["maximize", "minimize"]
 """Optuna's spelling."""
@@ -52,6 +53,7 @@ _ALL = (
     Objective(name="latency", metric="latency_ms", direction="minimize", unit="ms", word="latency", log=True),
     Objective(name="throughput", metric="throughput_ips", direction="maximize", unit="images/s", word="throughput", log=True),
     Objective(name="imagetime", metric="time_per_image_ms", direction="minimize", unit="ms/image", word="time per image", log=True),
+    Objective(name="worstlatency", metric="worst_latency", direction="minimize", unit="times", word="worst-case latency", log=True),
     Objective(name="memory", metric="peak_memory_mb", direction="minimize", unit="MB", word="peak memory", log=True),
     Objective(name="size", metric="artifact_mb", direction="minimize", unit="MB", word="file size", log=True),
     Objective(name="energy", metric="energy_mj", direction="minimize", unit="mJ", word="energy", log=True),
@@ -62,6 +64,8 @@ OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _
 METRICS: tuple[Metric, ...] = tuple(objective.metric for objective in _ALL)
 LATENCY_METRICS: tuple[Metric, ...] = ("latency_ms", "throughput_ips", "time_per_image_ms")
 """One axis: at a study's batch each of them follows from any other."""
+ON_DEVICES: dict[str, str] = {"latency": "worstlatency"}
+"""What an objective means in a study of several devices."""
 DIRECTION: dict[Metric, Direction] = {objective.metric: objective.direction for objective in _ALL}
 
 
@@ -100,6 +104,11 @@ class Objectives:
         return next((o.metric for o in self.members if o.metric in LATENCY_METRICS), None)
 
     @property
+    def is_timed(self) -> bool:
+        """Whether latency is an objective in any form: on one device, or the worst of several."""
+        return self.latency_metric is not None or "worst_latency" in self.metrics
+
+    @property
     def directions(self) -> list[Direction]:
         return [o.direction for o in self.members]
 
@@ -128,7 +137,7 @@ def parse_objectives(text: str) -> Objectives:
         raise UsageError(
             f"objective {repeated[0]!r} stands twice in {text!r}", hint=f"name it once: --objective {'-'.join(dict.fromkeys(names))}"
         )
-    same = [name for name in names if OBJECTIVES[name].metric in LATENCY_METRICS]
+    same = [name for name in names if OBJECTIVES[name].metric in (*LATENCY_METRICS, "worst_latency")]
     if len(same) > 1:
         others = [name for name in names if name not in same[1:]]
         raise UsageError(
@@ -161,9 +170,16 @@ class Limit:
     side: Literal["max", "min"]
     confidence: float = DEFAULT_CONFIDENCE
     """Probability, by the prediction's own error, with which latency or energy has to keep the bound before a network is tried."""
+    device: str = ""
+    """Label of the device that a limit on one of LATENCY_METRICS is for; empty for every device of the study."""
+
+    @property
+    def name(self) -> str:
+        """As typed: `latency_ms`, or `latency_ms@rtx3090`."""
+        return f"{self.metric}@{self.device}" if self.device else self.metric
 
     def __str__(self) -> str:
-        return f"{self.metric} {'<=' if self.side == 'max' else '>='} {self.bound:g}"
+        return f"{self.name} {'<=' if self.side == 'max' else '>='} {self.bound:g}"
 
     @property
     def caps_latency(self) -> bool:
@@ -192,22 +208,22 @@ def parse_limits(*, maxima: Iterable[str] = (), minima: Iterable[str] = (), conf
     limits = [_parse_limit(text, "max") for text in maxima] + [_parse_limit(text, "min") for text in minima]
     kept: dict[tuple[str, str], Limit] = {}
     for limit in limits:
-        if (limit.metric, limit.side) in kept:
-            raise UsageError(f"--{limit.side} {limit.metric} is given twice", hint="keep the one that is meant")
-        kept[limit.metric, limit.side] = limit
-    for metric in METRICS:
-        low, high = kept.get((metric, "min")), kept.get((metric, "max"))
+        if (limit.name, limit.side) in kept:
+            raise UsageError(f"--{limit.side} {limit.name} is given twice", hint="keep the one that is meant")
+        kept[limit.name, limit.side] = limit
+    for name in dict.fromkeys(limit.name for limit in limits):
+        low, high = kept.get((name, "min")), kept.get((name, "max"))
         if low and high and low.bound > high.bound:
-            raise UsageError(f"no {metric} is at least {low.bound:g} and at most {high.bound:g}", hint="swap the bounds or drop one")
-    ordered = sorted(kept.values(), key=lambda x: (METRICS.index(x.metric), x.side))
+            raise UsageError(f"no {name} is at least {low.bound:g} and at most {high.bound:g}", hint="swap the bounds or drop one")
+    ordered = sorted(kept.values(), key=lambda x: (METRICS.index(x.metric), x.device, x.side))
     return tuple(replace(limit, confidence=confidence) for limit in ordered)
 
 
 def _parse_limit(text: str, side: Literal["max", "min"]) -> Limit:
     example = "--min accuracy=0.8" if side == "min" else "--max latency_ms=3"
     name, equals, number = text.partition("=")
-    name = name.strip()
-    if not equals or not name or not number.strip():
+    name, at, device = (part.strip() for part in name.partition("@"))
+    if not equals or not name or not number.strip() or bool(at) != bool(device):
         raise UsageError(f"--{side} {text!r} is not METRIC=NUMBER", hint=f"for example {example}")
     if name not in METRICS:
         near = difflib.get_close_matches(name.lower(), [*METRICS, *_ALIASES], n=1)
@@ -215,6 +231,10 @@ def _parse_limit(text: str, side: Literal["max", "min"]) -> Limit:
         raise UsageError(
             f"--{side} {text!r}: unknown metric {name!r}; known: {', '.join(METRICS)}",
             hint=f"--{side} {guess}={number}" if guess else f"for example {example}",
+        )
+    if device and name not in LATENCY_METRICS:
+        raise UsageError(
+            f"--{side} {text!r}: {name} is not held device by device; {', '.join(LATENCY_METRICS)} are", hint=f"--{side} {name}={number}"
         )
     try:
         bound = float(number)
@@ -228,4 +248,4 @@ def _parse_limit(text: str, side: Literal["max", "min"]) -> Limit:
         raise UsageError(f"--{side} {text!r}: accuracy is a fraction from 0 to 1", hint=hint)
     if name != "accuracy" and bound <= 0:
         raise UsageError(f"--{side} {text!r}: {name} is positive", hint=f"for example {example}")
-    return Limit(metric=name, bound=bound, side=side)
+    return Limit(metric=name, bound=bound, side=side, device=device.lower())

@@ -20,7 +20,7 @@ from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.estimates import AccuracyModel, Estimator, excess
+from lowsearch.search.estimates import AccuracyModel, Estimates, Estimator, excess
 from lowsearch.search.objectives import Metric
 from lowsearch.search.parts import Parts
 from lowsearch.search.settings import StudySettings
@@ -37,6 +37,17 @@ SAMPLE_COLUMNS = (
     "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params", "resolution_px",
 )  # fmt: skip
 N_SAMPLE = 400
+
+
+def device_columns(parts: Parts) -> tuple[str, ...]:
+    """What the tables of a study of several devices hold beyond their usual columns."""
+    return ("worst_latency", *(f"latency_ms@{label}" for label in parts.fleet.labels)) if parts.fleet is not None else ()
+
+
+def device_values(estimates: Estimates) -> list[dict[str, float]]:
+    """The columns `latency_ms@…` of n estimated networks; empty ones where there is one device."""
+    n = len(estimates.mean["macs"])
+    return [{f"latency_ms@{label}": float(mean_ms[i]) for label, (mean_ms, _) in estimates.by_device.items()} for i in range(n)]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -64,7 +75,7 @@ class StudyFiles:
         rows = self._rows(found)
         curve = self._hypervolumes(found, rows)
         if standing != self._last:
-            write_csv(self._folder / "candidates.csv", CANDIDATE_COLUMNS, rows)
+            write_csv(self._folder / "candidates.csv", (*CANDIDATE_COLUMNS, *device_columns(self._parts)), rows)
             write_csv(self._folder / "hypervolume.csv", ("elapsed_s", "trial", "hypervolume"), curve)
             self.describe(decode(self._parts.space, c.genome) for c in found)
             self._last = standing
@@ -89,23 +100,23 @@ class StudyFiles:
         genomes = self._parts.space.sample(N_SAMPLE, rng=np.random.default_rng(self._settings.seed))
         genomes = np.unique(genomes, axis=0)
         estimates = self._estimator.estimate(genomes, accuracy)
-        rows = []
+        rows, by_device = [], device_values(estimates)
         for i, genome in enumerate(genomes):
             arch = decode(self._parts.space, genome)
-            row = {metric: values[i] for metric, values in estimates.mean.items()}
+            row = {metric: values[i] for metric, values in estimates.mean.items()} | by_device[i]
             row |= {"arch_id": arch.arch_id, "origin": "sample", "resolution_px": arch.resolution_px}
             row |= {"latency_std_ms": estimates.std["latency_ms"][i], "latency_source": self._parts.latency_source}
             if accuracy is not None:
                 mean = min(max(float(row["accuracy"]), 0.0), 1.0)
                 row |= {"val_accuracy": mean, "accuracy_std": estimates.std["accuracy"][i], "accuracy_source": "predicted"}
             rows.append(row)
-        write_csv(self._folder / "space_sample.csv", SAMPLE_COLUMNS, rows)
+        write_csv(self._folder / "space_sample.csv", (*SAMPLE_COLUMNS, *device_columns(self._parts)), rows)
 
     def _rows(self, found: Sequence[Candidate]) -> list[dict[str, Any]]:
         if not found:
             return []
         estimates = self._estimator.estimate(np.stack([c.genome for c in found]))
-        rows = []
+        rows, by_device = [], device_values(estimates)
         for i, c in enumerate(found):
             arch = decode(self._parts.space, c.genome)
             row: dict[str, Any] = {
@@ -113,7 +124,7 @@ class StudyFiles:
                 "state": c.state, "reason": c.reason, "rung": c.rung, "elapsed_s": c.elapsed_s, "resolution_px": arch.resolution_px,
                 "why": c.why,
                 "latency_std_ms": estimates.std["latency_ms"][i], "latency_source": self._parts.latency_source,
-                **{metric: values[i] for metric, values in estimates.mean.items()},
+                **{metric: values[i] for metric, values in estimates.mean.items()}, **by_device[i],
                 "energy_source": "predicted" if "energy_mj" in estimates.mean else "",
             }  # fmt: skip
             if (measured := self._parts.verifications.of(c.genome)) is not None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
+from lowsearch.search.devices import Fleet
 from lowsearch.search.estimates import AccuracyModel, EnergyPredictor, Estimator, LatencyModel
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.verification import Measured, Verifications, VerifiedLatency
@@ -94,7 +95,7 @@ class Parts:
 
     space: SearchSpace
     latency: LatencyModel
-    """As predicted."""
+    """As predicted, on the study's device, the first where there are several."""
     latency_source: Literal["predicted", "table"]
     """`table` where the device is not attached: nothing can be measured again."""
     explain: Callable[[Arch], Sequence[Share]]
@@ -113,6 +114,10 @@ class Parts:
     """Images of the forward pass that latency is of."""
     precision: Precision = "fp32"
     """What latency is measured in; memory and file size are of it too."""
+    fleet: Fleet | None = None
+    """All devices of the study, where there are several."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """`latency_source` on every device of the fleet, by label."""
     energy: EnergyPredictor | None = None
     """None where the latency table holds no energy."""
     verify: Callable[[Sequence[Arch]], Sequence[Measured]] | None = None
@@ -141,6 +146,7 @@ class Parts:
         return self._estimator(self.latency)
 
     def _estimator(self, latency: LatencyModel) -> Estimator:
+        latency = latency if self.fleet is None else self.fleet.with_first(latency)
         return Estimator(self.space, latency, batch=self.batch, precision=self.precision, energy=self.energy)
 
 

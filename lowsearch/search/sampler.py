@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.footprint import Precision
 from lowsearch.search import pareto
+from lowsearch.search.devices import Fleet
 from lowsearch.search.estimates import (
     AccuracyModel,
     AccuracySource,
@@ -36,10 +37,11 @@ from lowsearch.search.estimates import (
     LatencyModel,
     check_models,
     excess,
+    of_limit,
     reference_values,
 )
 from lowsearch.search.evolution import breed, first_of_each, one_blas_thread, unseen_mask
-from lowsearch.search.objectives import Limit, Metric, Objectives, parse_objectives
+from lowsearch.search.objectives import OBJECTIVES, Limit, Metric, Objectives, parse_objectives
 from lowsearch.search.surrogate import TrialSurrogate
 from lowsearch.space import SearchSpace
 
@@ -110,7 +112,8 @@ class LowSearchSampler(BaseSampler):
         evolution: Evolution | None = None,
         candidates: np.ndarray | None = None,
     ) -> None:
-        """`accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
+        """`latency`: a model, or a Fleet of them for several devices, of which every other proposal is then for one alone, in turn.
+        `accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
         `candidates`: genomes (n, n_genes), the only networks that may be proposed, such as a list that was trained before.
         `start`: how many random networks, spread over latency, are proposed early on for the model to learn from.
         `reference`: worst value by metric; by default `estimates.reference_values`. `batch` and `precision` are those of `latency`.
@@ -194,11 +197,14 @@ class LowSearchSampler(BaseSampler):
         if accuracy is None and ACCURACY_KEY in self.objectives.metrics:
             if (genome := self.spread(self._random(rng), seen, index=len(own))) is not None:
                 return Proposal(genome, "nothing is known yet: a random network of its latency")
-            return self._evolve(seen, np.empty((0, len(self.objectives))), None, rng)
+            return self._evolve(seen, np.empty((0, len(self.objectives))), None, rng, self._estimator)
         with one_blas_thread():
-            return self._evolve(seen, self._known_costs(held, seen, accuracy), accuracy, rng)
+            estimator = self._estimator_for(number)
+            return self._evolve(seen, self._known_costs(held, seen, accuracy, estimator), accuracy, rng, estimator)
 
-    def _known_costs(self, held: Sequence[FrozenTrial], seen: np.ndarray, accuracy: AccuracyModel | None) -> np.ndarray:
+    def _known_costs(
+        self, held: Sequence[FrozenTrial], seen: np.ndarray, accuracy: AccuracyModel | None, estimator: Estimator
+    ) -> np.ndarray:
         """Costs (n, n_objectives) of what the study has and expects.
 
         An accuracy is what is estimated of it now: a trial's own value is from when less was known, and the best of many are the lucky
@@ -210,10 +216,23 @@ class LowSearchSampler(BaseSampler):
         if posterior is not None and done.any() and self.objectives.metrics[0] == ACCURACY_KEY:
             mean, _ = posterior(seen[done])
             costs[:, 0] = np.where(np.isnan(mean), costs[:, 0], self.objectives.members[0].cost(mean))
+        if estimator is not self._estimator and done.any():
+            alone = estimator.estimate(seen[done]).mean["worst_latency"]
+            costs[:, self.objectives.metrics.index("worst_latency")] = OBJECTIVES["worstlatency"].cost(alone)
         pending = np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
         if pending.any():
-            costs = np.vstack([costs, self._costs(self._estimator.estimate(seen[pending], accuracy))])
+            costs = np.vstack([costs, self._costs(estimator.estimate(seen[pending], accuracy))])
         return costs
+
+    def _estimator_for(self, number: int) -> Estimator:
+        """Whom trial `number` is proposed for: every other one of several devices for all of them, the rest for one alone, in turn.
+
+        What sharing one network costs is told by the fronts of the devices alone, so they are searched for too.
+        """
+        latency = self._estimator.latency
+        if not isinstance(latency, Fleet) or "worst_latency" not in self.objectives.metrics or number % 2 == 0:
+            return self._estimator
+        return self._estimator.on_device(latency.labels[number // 2 % len(latency.labels)])
 
     def _newest_accuracy(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> AccuracyModel | None:
         if ACCURACY_KEY not in self.objectives.metrics and not any(limit.metric == ACCURACY_KEY for limit in self.limits):
@@ -259,7 +278,9 @@ class LowSearchSampler(BaseSampler):
         place = x[use].min() + _van_der_corput(index) * np.ptp(x[use])
         return pool[use[int(np.argmin(np.abs(x[use] - place)))]]
 
-    def _evolve(self, seen: np.ndarray, costs: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> Proposal:
+    def _evolve(
+        self, seen: np.ndarray, costs: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator, estimator: Estimator
+    ) -> Proposal:
         """Evolve a population and propose its best member: feasible, unseen, with the largest expected hypervolume gain; now and then
         the best, or the least certain, of one slice."""
         settings = self.evolution
@@ -271,12 +292,12 @@ class LowSearchSampler(BaseSampler):
             population.append(
                 self.space.mutate(known[rng.integers(len(known), size=settings.initial)], rng=rng, rate=2 / self.space.n_genes)
             )
-        pool = _Pool.of(np.vstack(population), self, front, accuracy)
+        pool = _Pool.of(np.vstack(population), self, front, accuracy, estimator)
         for _ in range(settings.generations if self._candidates is None else 0):
             parents = pool.take(pool.survivors(settings.parents, settings.niches, rng))
             first, second = rng.integers(len(parents.genomes), size=(2, settings.children))
             children = breed(self.space, parents.genomes, first, second, rng=rng)
-            pool = parents.joined(_Pool.of(children, self, front, accuracy))
+            pool = parents.joined(_Pool.of(children, self, front, accuracy, estimator))
         pool = pool.take(unseen_mask(pool.genomes, seen))
         feasible = pool.excess == 0
         if not feasible.any():
@@ -292,7 +313,7 @@ class LowSearchSampler(BaseSampler):
         exact = getattr(accuracy, "predict_exact", None)
         if exact is not None:
             best = pool.take(np.argsort(-(pool.std if learns else pool.gain), kind="stable")[: settings.shortlist])
-            pool = _Pool.of(best.genomes, self, front, _Exact(exact))
+            pool = _Pool.of(best.genomes, self, front, _Exact(exact), estimator)
         if learns:
             i = int(np.argmax(pool.std))
             return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
@@ -305,12 +326,9 @@ class LowSearchSampler(BaseSampler):
             return NothingLeftError(
                 f"none of the {len(self._candidates):,} candidates is untried and keeps the limits ({limits})", hint="give more candidates"
             )
-        probe = self._estimator.estimate(self.space.sample(20_000, rng=rng), accuracy).mean
-        reach = ", ".join(
-            f"{limit.metric} {probe[limit.metric].min():.3g} to {probe[limit.metric].max():.3g}"
-            for limit in self.limits
-            if limit.metric in probe
-        )
+        probe = self._estimator.estimate(self.space.sample(20_000, rng=rng), accuracy)
+        reached = [(limit.name, of_limit(probe, limit)[0]) for limit in self.limits if limit.metric in probe.mean]
+        reach = ", ".join(f"{name} {values.min():.3g} to {values.max():.3g}" for name, values in reached)
         return NothingLeftError(
             f"no untried network of space {self.space.name!r} keeps the limits ({limits}) with the margin of the predictions",
             hint=f"random networks reach {reach}" if reach else "choose a larger space",
@@ -342,9 +360,11 @@ class _Pool:
     """Of the accuracy; 0 where it is not an objective."""
 
     @classmethod
-    def of(cls, genomes: np.ndarray, sampler: LowSearchSampler, front: np.ndarray, accuracy: AccuracyModel | None) -> _Pool:
+    def of(
+        cls, genomes: np.ndarray, sampler: LowSearchSampler, front: np.ndarray, accuracy: AccuracyModel | None, estimator: Estimator
+    ) -> _Pool:
         genomes = genomes[first_of_each(genomes)]
-        estimates = sampler._estimator.estimate(genomes, accuracy)
+        estimates = estimator.estimate(genomes, accuracy)
         broken = excess(estimates, sampler.limits)
         if accuracy is None and ACCURACY_KEY in sampler.objectives.metrics:  # Only how far a limit is broken can be told.
             zero = np.zeros(len(genomes))

@@ -12,6 +12,7 @@ import yaml
 
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.search.database import check_url
+from lowsearch.search.devices import device_labels
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 from lowsearch.search.samplers import SAMPLERS
 
@@ -31,8 +32,9 @@ class StudySettings:
     """Settings of one study. `device` may be an alias (`cpu`); study.yaml holds what it meant."""
 
     device: str = "cpu"
+    """Several are joined by commas; networks are measured on the first."""
     runtime: str | None = None
-    """None for what the device is usually measured with."""
+    """One for all devices, or one for each, joined by commas; None for what each is usually measured with."""
     precision: str = "fp32"
     batch: int = 1
     threads: int = 1
@@ -67,6 +69,16 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
+        if len(self.runtimes) not in (0, 1, len(self.devices)):
+            raise UsageError(
+                f"{len(self.runtimes)} runtimes ({', '.join(self.runtimes)}) for --device {self.device}: expected one for all, or one each",
+                hint=f"--device {self.device} --runtime {self.runtimes[0]}",
+            )
+        if "worst_latency" in self.objectives.metrics and len(self.devices) == 1:
+            raise UsageError(
+                f"worstlatency is over several devices, and there is one, {self.device}",
+                hint=f"--objective {self.objective.replace('worstlatency', 'latency')}, or one more --device",
+            )
         for name, choices in (
             ("sampler", tuple(SAMPLERS)), ("accuracy", (None, *get_args(AccuracyKind))), ("train_device", (None, *get_args(TrainDevice))),
         ):  # fmt: skip
@@ -95,6 +107,26 @@ class StudySettings:
         return STAND_INS.get(self.accuracy or "", "")
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that are searched for, the one whose networks are measured first."""
+        return tuple(name.strip() for name in self.device.split(","))
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """As many as devices once `assembly.resolve` has named them all; empty where none was named."""
+        return tuple(name.strip() for name in self.runtime.split(",")) if self.runtime else ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What files and limits call the devices of resolved settings."""
+        return device_labels(self.devices, self.runtimes) if len(self.devices) > 1 else self.devices
+
+    @property
+    def measured_limits(self) -> tuple[Limit, ...]:
+        """The limits that hold on the first device, the one whose networks are measured."""
+        return tuple(limit for limit in self.limits if limit.device in ("", self.labels[0]))
+
+    @property
     def objectives(self) -> Objectives:
         return parse_objectives(self.objective)
 
@@ -111,7 +143,7 @@ class StudySettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for study.yaml; `from_dict` inverts it."""
         values = dataclasses.asdict(self)
-        bounds = {side: [f"{x.metric}={x.bound!r}" for x in self.limits if x.side == side] for side in ("max", "min")}
+        bounds = {side: [f"{x.name}={x.bound!r}" for x in self.limits if x.side == side] for side in ("max", "min")}
         values["limits"] = {**bounds, "confidence": self.confidence}
         return values
 
@@ -153,7 +185,7 @@ def check_resumable(name: str, stored: StudySettings, asked: StudySettings) -> N
 
 def _as_flags(name: str, value: Any) -> str:
     if name == "limits":
-        flags = [f"--{x.side} {x.metric}={x.bound:g}" for x in value]
+        flags = [f"--{x.side} {x.name}={x.bound:g}" for x in value]
         confidences = {x.confidence for x in value} - {DEFAULT_CONFIDENCE}
         return " ".join([*flags, *(f"--confidence {confidence:g}" for confidence in confidences)])
     return f"--{name.replace('_', '-')} {value}" if value is not None else ""

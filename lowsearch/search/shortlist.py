@@ -107,10 +107,11 @@ def best_cover(
     """
     if not found:
         return []
-    mean = dict(parts.estimator.estimate(np.stack([c.genome for c in found])).mean)
+    estimator = parts.estimator
+    estimates = estimator.estimate(np.stack([c.genome for c in found]))
     known = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in found]
-    latency_ms = np.array([expected if m is None else m.latency_ms for m, expected in zip(known, mean["latency_ms"], strict=True)])
-    mean |= {metric: of_latency(metric, latency_ms, settings.batch) for metric in LATENCY_METRICS}
+    latency_ms = [expected if m is None else m.latency_ms for m, expected in zip(known, estimates.mean["latency_ms"], strict=True)]
+    mean = dict(estimator.as_measured(estimates, np.array(latency_ms)).mean)
     if "energy_mj" in mean:
         known_mj = [math.nan if m is None else m.energy_mj for m in known]
         mean["energy_mj"] = np.where(np.isnan(known_mj), mean["energy_mj"], known_mj)
@@ -172,12 +173,12 @@ def keeps_measured_limits(settings: StudySettings, measured: Measurement) -> boo
     """Whether a network is within the study's limits on what was measured of it: latency, throughput, time per image, energy."""
     values = {metric: of_latency(metric, measured.latency_ms, settings.batch) for metric in LATENCY_METRICS}
     values |= {"energy_mj": measured.energy_mj}
-    return not any(float(limit.excess(np.array(values[limit.metric]))) > 0 for limit in settings.limits if limit.metric in values)
+    return not any(float(limit.excess(np.array(values[limit.metric]))) > 0 for limit in settings.measured_limits if limit.metric in values)
 
 
 def largest_allowed_ms(settings: StudySettings) -> float:
-    """The upper limit on latency, whether it is given as such, as throughput or as time per image; NaN where there is none."""
-    return min((limit.bound_ms(settings.batch) for limit in settings.limits if limit.caps_latency), default=math.nan)
+    """The upper limit on the first device's latency, given as such, as throughput or as time per image; NaN where there is none."""
+    return min((limit.bound_ms(settings.batch) for limit in settings.measured_limits if limit.caps_latency), default=math.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ from lowsearch.search.gate import forecast_agreement, why_steering_ended
 from lowsearch.search.outputs import StudyFiles, decode
 from lowsearch.search.parts import Parts, Progress, stand_in_of
 from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
+from lowsearch.search.sharing import write_regret
 from lowsearch.search.shortlist import Measurements, write_shortlist
 from lowsearch.search.storage import (
     SERVER_STUDY,
@@ -366,11 +367,14 @@ class _Run:
         self._hypervolume = self._files.refresh(found)
         self._clock.tick(now=True)
         summary = self._summary(found, rows, measured)
+        front = [row for row in rows if row["on_front"]]
+        if (sharing := write_regret(self._folder, settings, self._parts, found, front)) is not None:
+            summary["sharing"] = sharing
         write_atomically(self._folder / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
         values = read_study_file(self._folder) or {}
         values |= {"spent_s": {phase: round(seconds, 1) for phase, seconds in self._clock.spent_s.items()}}
         write_study_file(self._folder, values | ({} if math.isnan(measured.pace) else {"pace": round(measured.pace, 4)}))
-        return StudyResult(folder=self._folder, front=[row for row in rows if row["on_front"]], summary=summary)
+        return StudyResult(folder=self._folder, front=front, summary=summary)
 
     def _scored_anew(self, found: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with what is estimated of them now: the first were scored when little was known."""
@@ -431,7 +435,7 @@ class _Run:
 
     def _verified(self) -> VerifiedCheck:
         found = self._parts.verifications.found()
-        return checked(found.values(), self._plan.settings.limits, batch=self._parts.batch)
+        return checked(found.values(), self._plan.settings.measured_limits, batch=self._parts.batch)
 
     def _ladder_check(self) -> dict[str, Any]:
         """How the lowest rung ranks the networks that were trained on the whole schedule: the ladder's spot check."""

@@ -224,8 +224,8 @@ class SearchWorker:
             broken = self._excess(genome)
         if limits and "limits" not in trial.constraints:
             trial.set_constraint("limits", broken)
-        measured = self._parts.verifications.of(genome)
-        if measured is not None and (limit := broken_limit(limits, measured.latency_ms, batch=self._parts.batch)) is not None:
+        measured, held = self._parts.verifications.of(genome), self._plan.settings.measured_limits
+        if measured is not None and (limit := broken_limit(held, measured.latency_ms, batch=self._parts.batch)) is not None:
             return f"measured {'over' if limit.caps_latency else 'under'} limit: {measured.latency_ms:.4g} ms, {limit}"
         if broken > 0:
             return f"breaks {', '.join(map(str, limits))} by {100 * broken:.1f} %"
@@ -242,7 +242,7 @@ class SearchWorker:
         if crew_of(self._name):  # It joined, maybe from a machine that is not the one searched for.
             return False
         mean_ms, std_ms = (float(values[0]) for values in parts.latency.predict(genome[None]))
-        if not is_near_limit(self._plan.settings.limits, mean_ms, std_ms, batch=parts.batch):
+        if not is_near_limit(self._plan.settings.measured_limits, mean_ms, std_ms, batch=parts.batch):
             return False
         found = verify(parts.space.decode(genome), genome, (mean_ms, std_ms), anchors=parts.anchors, measure=parts.verify)
         parts.verifications.append(found)
