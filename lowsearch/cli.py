@@ -429,9 +429,7 @@ def run(
     ] = "acc-latency",
     device: Annotated[
         list[str] | None,
-        typer.Option(
-            "--device", help="cpu (default), cuda, or a name such as rtx3090; several: one search for all, measured on the first."
-        ),
+        typer.Option("--device", help="cpu (default), cuda, or a name as rtx3090; several: one search for all, the first is measured."),
     ] = None,
     runtime: Annotated[
         list[str] | None, typer.Option("--runtime", help="As onnxruntime, cudagraphs or openvino: one for all devices, or one for each.")
@@ -447,7 +445,7 @@ def run(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     maximum: Annotated[
         list[str] | None,
-        typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3, latency_ms@rtx3090=3 or peak_memory_mb=20."),
+        typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3, latency_ms@rtx3090=3, macs=1e9."),
     ] = None,
     minimum: Annotated[
         list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8 or throughput_ips=500.")
@@ -498,8 +496,9 @@ def run(
 
     folder = locations.new("studies") / _study_name(objective if study is None else study)
     asked: dict[str, Any] = {
-        "device": ",".join(device or ["cpu"]), "runtime": ",".join(runtime) if runtime else None, "precision": _one("precision", precision, "fp32"),
-        "batch": _one("batch", batch, 1), "threads": _one("threads", threads, 1), "space": space, "data": data,
+        "device": ",".join(device or ["cpu"]), "runtime": ",".join(runtime) if runtime else None,
+        "precision": _one("precision", precision, "fp32"), "batch": _one("batch", batch, 1), "threads": _one("threads", threads, 1),
+        "space": space, "data": data,
         "objective": objective, "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": _recipe_spec(recipe, recipe_set), "accuracy": accuracy, "final_seeds": final_seeds,
@@ -1251,7 +1250,7 @@ def _print_sharing(summary: Mapping[str, Any]) -> None:
         | {"worst device %": _slower(front["mean_worst_regret"]), "at most %": _slower(front["worst_regret"])}
         for name, front in summary["sharing"]["fronts"].items()
     ]
-    _print_rows("What sharing costs: slower than the device's own front at no lower score, mean over the front", rows)
+    _print_rows("What sharing costs: % slower than a device's own networks of no lower score", rows)
 
 
 def _slower(regret: float | None) -> float | None:

@@ -79,7 +79,7 @@ def hypervolume_figure(study: StudyFiles) -> go.Figure:
 
 def cost_figure(study: StudyFiles) -> go.Figure:
     """Latency against MACs: how far a count of operations stands for time on this device."""
-    x, y = tables.AXES["macs"], tables.AXES["latency_ms"]
+    x, y = tables.AXES["macs"], tables.latency_axis(study)
     final_ids = {network.arch_id for network in study.finalists}
     groups = [
         ("Random members", "random", study.sample, 5),
@@ -92,6 +92,32 @@ def cost_figure(study: StudyFiles) -> go.Figure:
     figure = go.Figure(traces)
     figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
     figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    return _styled(figure, legend=LEGEND)
+
+
+def device_figure(study: StudyFiles, device: str) -> go.Figure:
+    """What sharing costs on one device: the front of the networks that are for all, beside the front of that device alone."""
+    x, (_, y) = tables.latency_axis(study, device), tables.plot_axes(study, "validation")
+    fronts = {front.name: front.networks for front in tables.shared_fronts(study)}
+    shared, own = fronts["shared"], fronts.get(device, ())
+    drawn = {network.arch_id for network in (*shared, *own)}
+    others = [network for network in tables.scored_candidates(study) if network.arch_id not in drawn]
+    traces = [
+        _points(study, "Candidates", "random", others, x, y, size=5, bars=False),
+        _points(study, "Front of this device alone", "candidate", own, x, y, size=7, bars=False),
+        _points(study, "Front for all devices", "front", shared, x, y, size=9, bars=False),
+    ]
+    if tables.has_two_objectives(study):
+        traces = [_steps("", "candidate", own, x, y, dash="dot"), *traces]
+    traces = [trace for trace in traces if trace.x]
+    symbol = SHAPES.get(tables.device_sources(study).get(device, ""), "circle")  # Not that of the first device's latency.
+    for trace in (trace for trace in traces if trace.mode == "markers"):
+        trace.update(marker_symbol=symbol)
+    figure = go.Figure(traces)
+    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
+    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    if tables.stand_in(study):
+        figure.update_yaxes(title="Score")  # What it is stands beside the main plot; here it would be cut off.
     return _styled(figure, legend=LEGEND)
 
 
@@ -156,7 +182,7 @@ def _shape(network: Network) -> str:
 def _hover(study: StudyFiles, network: Network) -> str:
     """What a pointer over a network shows; every text from a file is escaped, because Plotly reads markup in hover labels."""
     lines = [f"<b>{html.escape(network.label or 'random member')}</b>"]
-    for word, value, source in tables.number_rows(network):
+    for word, value, source in tables.number_rows(network, tables.device_sources(study)):
         lines.append(html.escape(f"{word} {value}" + (f" ({source})" if source else "")))
     known = study.networks.get(network.arch_id)
     if known:

@@ -85,6 +85,7 @@
     draw("pareto", data.figures[split]);
     draw("hypervolume", data.figures.hypervolume);
     draw("cost", data.figures.cost);
+    for (const name of Object.keys(data.figures)) if (name.startsWith("device-")) draw(name, data.figures[name]);
   }
 
   // ---- the chosen network
@@ -140,7 +141,7 @@
     });
     const head = ["Block", "", "ms", "Share", "Source"].map((text, i) => element("th", { scope: "col", text, class: i === 2 || i === 3 ? "number" : "" }));
     const table = element("table", { class: "blocks" }, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
-    return [element("h4", { text: `Latency by block, ${network.total_ms.toPrecision(3)} ms predicted in sum` }), kinds, element("div", { class: "scroll" }, table)];
+    return [element("h4", { text: `Latency by block${network.device ? ` on ${network.device}` : ""}, ${network.total_ms.toPrecision(3)} ms predicted in sum` }), kinds, element("div", { class: "scroll" }, table)];
   }
 
   function showCommands(id) {

@@ -43,7 +43,7 @@ SHAPES = {
 
 def body(study: StudyFiles) -> str:
     """Everything between <body> and the scripts."""
-    sections = (_key_figures, _front, _family, _background, _networks, _next_steps, _reading)
+    sections = (_key_figures, _front, _sharing, _family, _background, _networks, _next_steps, _reading)
     inside = "\n".join(html for html in (section(study) for section in sections) if html)
     written = f"Written by lowsearch {escape(__version__)} from the files of study {escape(study.name)}."
     return f"""{_header(study)}
@@ -64,7 +64,7 @@ def _header(study: StudyFiles) -> str:
     objectives = [words.get(name, name) for name in str(study.settings.get("objective", "")).split("-")]
     lead = (
         f"Networks from the space <b>{escape(_setting(study, 'space'))}</b> searched for {escape(' and '.join(objectives))}"
-        f" on <b>{escape(_device(study))}</b> with <b>{escape(_setting(study, 'runtime'))}</b>."
+        f" on {_devices_in_words(study)}."
     )
     return f"""<header class="top">
 <div class="titlebar"><div><p class="eyebrow">lowsearch study</p><h1>{escape(study.name)}</h1></div>
@@ -83,8 +83,8 @@ def facts(study: StudyFiles) -> list[tuple[str, str, str]]:
     size, images, versions, threads = get("space_size"), get("images") or {}, get("versions") or {}, get("threads")
     others = [f"{name} {version}" for name, version in versions.items() if name != "lowsearch"]
     rows = [
-        ("Device", _device(study), _setting(study, "device") if get("device_name") else ""),
-        ("Runtime", _joined(get("runtime"), get("precision")), ""),
+        ("Device", _device(study), _setting(study, "device").replace(",", ", ") if get("device_name") else ""),
+        ("Runtime", _joined(_setting(study, "runtime").replace(",", ", "), get("precision")), ""),
         ("Batch and threads", _joined(_with("batch ", get("batch")), _with("", threads, " thread" if threads == 1 else " threads")), ""),
         ("Search space", _setting(study, "space"), f"{size:.2g} networks" if isinstance(size, int | float) else ""),
         ("Data", _setting(study, "data"), ", ".join(f"{n:,} {split}" for split, n in images.items())),
@@ -112,11 +112,19 @@ def _setting(study: StudyFiles, name: str) -> str:
 
 
 def _device(study: StudyFiles) -> str:
-    return _setting(study, "device_name") or _setting(study, "device")
+    names = dict.fromkeys(str(device.get("device_name", "")) for device in study.settings.get("devices") or ())
+    return ", ".join(filter(None, names)) or _setting(study, "device_name") or _setting(study, "device")
 
 
 def _with(before: str, value: object, after: str = "") -> str:
     return "" if value is None else f"{before}{value}{after}"
+
+
+def _devices_in_words(study: StudyFiles) -> str:
+    """As markup: the device and its runtime, or those of several."""
+    several = study.settings.get("devices") or [{"device": _device(study), "runtime": _setting(study, "runtime")}]
+    words = [f"<b>{escape(str(d['device']))}</b> with <b>{escape(str(d.get('runtime', '')))}</b>" for d in several]
+    return f"{', '.join(words[:-1])} and {words[-1]} together" if len(words) > 1 else words[0]
 
 
 def _joined(*parts: object) -> str:
@@ -189,7 +197,8 @@ def key_figures(study: StudyFiles) -> list[Card]:
     if not tables.finals_are_known(study):
         return []
     cards = [
-        _front_card(tables.final_front(study)),
+        _front_card(study, tables.final_front(study)),
+        _sharing_card(study),
         _hypervolume_card(study),
         *_comparison_cards(tables.against_family(study)),
         limit_card(study),
@@ -208,15 +217,30 @@ def _key_figures(study: StudyFiles) -> str:
     return f'<div class="figures">{"".join(map(html, cards))}</div>' if cards else ""
 
 
-def _front_card(front: Sequence[Network]) -> Card:
+def _front_card(study: StudyFiles, front: Sequence[Network]) -> Card:
     if not front:
         return Card("Points on the front", "0", "", "no network qualified")
     accuracy = tables.comparable_accuracy(*front)
     values = sorted(accuracy(network) for network in front)
-    spans = [f"{milliseconds(front[0].latency_ms)} to {milliseconds(front[-1].latency_ms)}"]
+    on = "".join(f" on {label}" for label in list(tables.device_sources(study))[:1])
+    spans = [f"{milliseconds(front[0].latency_ms)} to {milliseconds(front[-1].latency_ms)}{on}"]
     if all(map(math.isfinite, values)):
         spans.append(f"{percent(values[0])} to {percent(values[-1])} {accuracy.split} accuracy")
     return Card("Points on the front", str(len(front)), "", ", ".join(spans))
+
+
+def _sharing_card(study: StudyFiles) -> Card | None:
+    """What one network for all devices costs; None where there is one device."""
+    fronts = tables.shared_fronts(study)
+    if not fronts:
+        return None
+    worst = fronts[0].worst
+    how = f"slower than a network of its own, on the device that loses most: mean over the front; at most {_slower(max(worst))}"
+    return Card("One network for all devices", _slower(tables.mean_ratio(worst)), "", how)
+
+
+def _slower(ratio: float) -> str:
+    return percent(ratio - 1, signed=True) if ratio >= 1.0005 else "–"
 
 
 def _hypervolume_card(study: StudyFiles) -> Card | None:
@@ -306,6 +330,54 @@ def _pace(study: StudyFiles, errors: PredictionError) -> str:
     return f"; the machine itself was {change} than when its table was measured, and {percent(errors.beyond_pace)} is left beyond that"
 
 
+# ---- several devices
+
+
+def _sharing(study: StudyFiles) -> str:
+    """What one network for all devices costs, against one for each; empty where there is one device."""
+    fronts = tables.shared_fronts(study)
+    if not fronts:
+        return ""
+    sources = tables.device_sources(study)
+    cards = "".join(
+        f'<div class="card plotcard"><h3>{escape(device)}</h3><div class="plot small" id="device-{i}"></div></div>'
+        for i, device in enumerate(sources)
+    )
+    note = (
+        "How much slower networks are on each device than the fastest of all scored that is no worse in anything else (geometric mean over "
+        "the front): the price of training one network for all. Latencies and scores are the search's estimates on both sides. About half "
+        "of the proposals were for one device alone; a search for that device only could still find faster ones."
+    )
+    columns = [("Networks for", ""), ("Networks", "number"), *((f"On {escape(device)}", "number") for device in sources)]
+    columns += [("On the device that loses most", "number"), ("At most", "number")]
+    rows = "".join(_sharing_row(front) for front in fronts)
+    shared = fronts[0]
+    _, score = tables.plot_axes(study, "validation")
+    heads = [("Network", ""), (escape(score.title), "number")]
+    for device, source in sources.items():
+        heads += [(f"{escape(device)}, {escape(source)}", "number"), ("Slower than its own", "number")]
+    lines = "".join(_shared_row(study, shared, i, score) for i in range(len(shared.networks)))
+    return f"""{_table_section("What sharing one network costs", note, _head(columns), rows)}
+<section class="pair">{cards}</section>
+{_table_section("The networks for all devices", "By the search's estimates; what was measured: Final networks.", _head(heads), lines)}"""
+
+
+def _sharing_row(front: tables.SharedFront) -> str:
+    whom = "all devices" if front.name == "shared" else f"{escape(front.name)} alone"
+    means = [tables.mean_ratio(ratios) for ratios in front.regret.values()]
+    numbers = [*means, tables.mean_ratio(front.worst), max(front.worst, default=math.nan)]
+    cells = [_cell(f"<b>{whom}</b>" if front.name == "shared" else whom), _cell(str(len(front.networks)), "number")]
+    return f"<tr>{''.join([*cells, *(_cell(_slower(number), 'number') for number in numbers)])}</tr>"
+
+
+def _shared_row(study: StudyFiles, front: tables.SharedFront, i: int, score: tables.Axis) -> str:
+    network = front.networks[i]
+    cells = [_cell(_dotted(study, network)), _cell(tables.amount(score.value(network), ""), "number")]
+    for device, ratios in front.regret.items():
+        cells += [_cell(milliseconds(network.by_device[device]), "number"), _cell(_slower(ratios[i]), "number")]
+    return f'<tr data-arch="{escape(network.arch_id)}">{"".join(cells)}</tr>'
+
+
 # ---- the front, the family
 
 
@@ -338,8 +410,14 @@ def _what_was_done(study: StudyFiles) -> str:
         if source
         else "Final networks were trained on the full schedule with fresh seeds."
     )
+    sources = tables.device_sources(study)
     if any(network.latency_source == tables.MEASURED for network in study.finalists):
         timed = "They were timed again in fresh processes."
+        if sources:
+            first, *others = map(escape, sources)
+            timed = f"They were timed again in fresh processes on {first}; latencies on {' and '.join(others)} are as predicted."
+    elif sources:
+        timed = f"They were not measured again: {escape(next(iter(sources)))}, named first, is not attached here."
     else:
         timed = "The device is not attached, so their latencies are from its table and were not measured again."
     chosen = "The front was chosen on validation images; test images were read once, afterwards."
@@ -439,9 +517,13 @@ def _networks(study: StudyFiles) -> str:
     origins = sorted({network.accuracy_std_origin for network in networks} - {""})
     if origins:
         note += f" Standard error of accuracy: {escape('; '.join(origins))}."
+    others = dict(list(tables.device_sources(study).items())[1:])
+    on = "".join(f" on {escape(label)}" for label in list(tables.device_sources(study))[:1])
     columns = [
         ("Network", ""), ("Origin", ""), ("On front", ""), ("Test accuracy", "number"), ("Validation accuracy", "number"),
-        ("Latency", "number"), ("Predicted latency", "number"), ("Sources", ""), *((word, "number") for word, _ in _asked(study)),
+        (f"Latency{on}", "number"), ("Predicted latency", "number"), ("Sources", ""), *(
+            (f"Latency on {escape(label)}, {escape(source)}", "number") for label, source in others.items()
+        ), *((word, "number") for word, _ in _asked(study)),
         ("MACs", "number"), ("Parameters", "number"), ("Pixels", "number"),
     ]  # fmt: skip
     front = {network.arch_id for network in tables.best_known_front(study)}
@@ -467,6 +549,7 @@ def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
         _cell(milliseconds(network.latency_ms, network.latency_std_ms), "number", network.latency_ms),
         _cell(milliseconds(network.predicted_latency_ms), "number", network.predicted_latency_ms),
         _cell(escape(", ".join(filter(None, (network.accuracy_source, network.latency_source)))), "mark"),
+        *(_cell(milliseconds(ms), "number", ms) for ms in list(network.by_device.values())[1:]),
         *(
             _cell(tables.amount(getattr(network, metric), tables.UNITS[metric]), "number", getattr(network, metric))
             for _, metric in _asked(study)

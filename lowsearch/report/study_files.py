@@ -50,6 +50,10 @@ class Network:
     over_limit: bool = False
     throughput_ips: float = NAN
     time_per_image_ms: float = NAN
+    worst_latency: float = NAN
+    """Over all devices of a study of several, on their common scale."""
+    by_device: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
+    """latency_ms by the label of the device, where there are several; `latency_ms` is that of the first."""
     peak_memory_mb: float = NAN
     artifact_mb: float = NAN
     energy_mj: float = NAN
@@ -84,6 +88,20 @@ class HypervolumePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Regret:
+    """One line of regret.csv: a network of a front, on one device."""
+
+    front: str
+    """`shared`, or the label of the device whose own front it is."""
+    arch_id: str
+    device: str
+    latency_ms: float
+    regret: float
+    """Latency over that of the fastest network that is no worse in anything else."""
+    worst_regret: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyFiles:
     """Everything the report reads of one study."""
 
@@ -96,6 +114,8 @@ class StudyFiles:
     """What was measured on the device before the finalists were chosen; none where it was not attached."""
     sample: tuple[Network, ...] = ()
     hypervolume: tuple[HypervolumePoint, ...] = ()
+    regrets: tuple[Regret, ...] = ()
+    """What sharing one network costs on every device; none where there is one."""
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """arch_id -> {arch: Arch.to_dict(), blocks: [{place, kind, ms, source, macs, params}]}"""
     summary: Mapping[str, Any] = field(default_factory=dict)
@@ -135,6 +155,7 @@ def read_study(folder: Path) -> StudyFiles:
         shortlist=tuple(_table(folder / "shortlist.csv", _network, [])),
         sample=read_csv("space_sample.csv"),
         hypervolume=tuple(_table(folder / "hypervolume.csv", _hypervolume_point, missing)),
+        regrets=tuple(_table(folder / "regret.csv", _regret, [])),
         networks=_networks(folder / "networks.json", missing),
         summary=_mapping(folder / "summary.json"),
         trust=_mapping(folder / "trust.json", "verdict", "reason", "signals"),
@@ -157,6 +178,9 @@ def _settings(path: Path) -> Mapping[str, Any]:
         entries = values.get(name) or {}
         if not isinstance(entries, dict) or (numeric and not all(isinstance(v, int | float) for v in entries.values())):
             raise StudyError(f"{path}: {name} is {entries!r}, expected a mapping{' of names to numbers' if numeric else ''}")
+    devices = values.get("devices") or []
+    if not isinstance(devices, list) or not all(isinstance(d, dict) and {"device", "latency_source"} <= d.keys() for d in devices):
+        raise StudyError(f"{path}: devices is {devices!r}, expected a list of mappings with device and latency_source")
     if not isinstance(values.get("pace", 1.0), int | float):
         raise StudyError(f"{path}: pace is {values['pace']!r}, expected a number")
     return values
@@ -266,6 +290,8 @@ def _network(row: _Row) -> Network:
         over_limit=row.flag("over_limit"),
         throughput_ips=row.number("throughput_ips", least=0),
         time_per_image_ms=row.number("time_per_image_ms", least=0),
+        worst_latency=row.number("worst_latency", least=0),
+        by_device={name.partition("@")[2]: row.number(name, least=0) for name in row.values if name.startswith("latency_ms@")},
         peak_memory_mb=row.number("peak_memory_mb", least=0),
         artifact_mb=row.number("artifact_mb", least=0),
         energy_mj=row.number("energy_mj", least=0),
@@ -277,6 +303,13 @@ def _network(row: _Row) -> Network:
         weights=row.text("weights"),
         elapsed_s=row.number("elapsed_s", least=0),
     )
+
+
+def _regret(row: _Row) -> Regret:
+    return Regret(
+        front=row.text("front"), arch_id=row.text("arch_id"), device=row.text("device"), latency_ms=row.number("latency_ms", least=0),
+        regret=row.number("regret", least=0), worst_regret=row.number("worst_regret", least=0),
+    )  # fmt: skip
 
 
 def _hypervolume_point(row: _Row) -> HypervolumePoint:

@@ -66,7 +66,8 @@ def export(study: StudyFiles, path: Path) -> int:
         write_atomically(path, json.dumps({"study": study.name, "settings": dict(study.settings), "networks": rows}, indent=1) + "\n")
         return len(rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["role", *(field.name for field in dataclasses.fields(Network)), "arch"], lineterminator="\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row)) or ["role", *_values(Network()), "arch"]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "arch": json.dumps(row["arch"], separators=(",", ":")) if row["arch"] else ""} for row in rows)
     write_atomically(path, text.getvalue())
@@ -156,7 +157,7 @@ def _caveats(first: StudyFiles, second: StudyFiles, fronts: Sequence[Sequence[Ne
     def differ(names: Sequence[str]) -> list[str]:
         return [name for name in names if first.settings.get(name) != second.settings.get(name)]
 
-    timed = tables.objectives(first).latency_metric is not None or "energy_mj" in metrics
+    timed = tables.objectives(first).is_timed or "energy_mj" in metrics
     if timed and differ(TARGET):
         found.append(f"latencies of different targets ({', '.join(differ(TARGET))})")
     if {"peak_memory_mb", "artifact_mb"} & {*metrics} and differ(("precision", "batch")):
@@ -172,6 +173,11 @@ def _caveats(first: StudyFiles, second: StudyFiles, fronts: Sequence[Sequence[Ne
 
 
 def _values(network: Network) -> Mapping[str, Any]:
-    """The row of a network; what is not known is None."""
+    """The row of a network; what is not known is None. With several devices, it has a latency on each and the worst case."""
     values = dataclasses.asdict(network)
+    by_device = values.pop("by_device")
+    if by_device:
+        values |= {f"latency_ms@{device}": ms for device, ms in by_device.items()}
+    else:
+        del values["worst_latency"]
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}

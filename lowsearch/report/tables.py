@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ AXES: dict[Metric, Axis] = {
         "Throughput, images/s", lambda n: n.throughput_ips, lambda n: n.throughput_ips * relative_std(n), more_is_better=True
     ),
     "time_per_image_ms": Axis("Time per image, ms", lambda n: n.time_per_image_ms, lambda n: n.time_per_image_ms * relative_std(n)),
+    "worst_latency": Axis("Worst-case latency, times the fastest", lambda n: n.worst_latency),
     "peak_memory_mb": Axis("Peak memory, MB", lambda n: n.peak_memory_mb),
     "artifact_mb": Axis("File size, MB", lambda n: n.artifact_mb),
     "energy_mj": Axis("Energy, mJ", lambda n: n.energy_mj),
@@ -205,6 +206,54 @@ def asked_metrics(study: StudyFiles) -> set[str]:
     """The metrics of the study's objectives and limits, and energy where it was measured."""
     counted = {"energy_mj"} if any(network.energy_source == MEASURED for network in study.finalists) else set()
     return {*counted, *objectives(study).metrics, *(str(limit).partition(" ")[0] for limit in study.settings.get("limits") or ())}
+
+
+def device_sources(study: StudyFiles) -> dict[str, str]:
+    """Where latencies are from by the label of the device, in a study of several; empty for one. The first is the one measured."""
+    return {str(device["device"]): str(device["latency_source"]) for device in study.settings.get("devices") or ()}
+
+
+def latency_axis(study: StudyFiles, device: str = "") -> Axis:
+    """Latency on `device`, or on the one that the study measures."""
+    sources = device_sources(study)
+    if device:
+        return Axis(f"Latency on {device}, ms ({sources.get(device, '')})", lambda n: n.by_device.get(device, NAN))
+    plain = AXES["latency_ms"]
+    return replace(plain, title=f"Latency on {next(iter(sources))}, ms") if sources else plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedFront:
+    """A front of networks for all devices, or for one, and how much slower they are than each device's own."""
+
+    name: str
+    """`shared`, or the label of the device that it is for."""
+    networks: tuple[Network, ...]
+    """As the search estimated them, the lowest worst case first."""
+    regret: Mapping[str, tuple[float, ...]]
+    """By device, for every network: how many times slower than that device's own front at no loss."""
+
+    @property
+    def worst(self) -> tuple[float, ...]:
+        """For every network, on the device where it loses most."""
+        return tuple(map(max, zip(*self.regret.values(), strict=True)))
+
+
+def shared_fronts(study: StudyFiles) -> list[SharedFront]:
+    """The shared front and that of every device; none where the study has one device or is not finished."""
+    candidates = {network.arch_id: network for network in scored_candidates(study)}
+    fronts = []
+    for name in dict.fromkeys(row.front for row in study.regrets):
+        rows = [row for row in study.regrets if row.front == name and row.arch_id in candidates]
+        arch_ids = list(dict.fromkeys(row.arch_id for row in rows))
+        regret = {device: tuple(row.regret for row in rows if row.device == device) for device in dict.fromkeys(row.device for row in rows)}
+        fronts.append(SharedFront(name=name, networks=tuple(candidates[arch_id] for arch_id in arch_ids), regret=regret))
+    return fronts if fronts and fronts[0].networks else []
+
+
+def mean_ratio(ratios: Sequence[float]) -> float:
+    """Geometric mean; NaN where there are none."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else NAN
 
 
 def searches_latency(study: StudyFiles) -> bool:
@@ -507,7 +556,8 @@ def network_details(study: StudyFiles) -> dict[str, dict[str, Any]]:
             "is_family": network.is_family,
             "has_weights": bool(network.weights),
             "short": short_description(known["arch"]),
-            "numbers": number_rows(network),
+            "numbers": number_rows(network, device_sources(study)),
+            "device": next(iter(device_sources(study)), ""),
             "stages": stage_rows(known["arch"]),
             "total_ms": total_ms,
             "blocks": [
@@ -518,14 +568,17 @@ def network_details(study: StudyFiles) -> dict[str, dict[str, Any]]:
     return details
 
 
-def number_rows(network: Network) -> list[tuple[str, str, str]]:
-    """The figures of one network as (word, value, source)."""
+def number_rows(network: Network, sources: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The figures of one network as (word, value, source). `sources`: those of several devices, by label."""
     accuracy_std = network.accuracy_std
+    first, *others = sources or [""]
     rows = [
         ("Test accuracy", percent(network.test_accuracy, accuracy_std), network.accuracy_source),
         ("Validation accuracy", percent(network.val_accuracy, accuracy_std), network.accuracy_source),
         ("Score", f"{network.score:.4g}{_score_error(network)}" if math.isfinite(network.score) else "", network.accuracy_source),
-        ("Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
+        (f"Latency on {first}" if first else "Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
+        *((f"Latency on {label}", milliseconds(network.by_device.get(label, NAN)), sources[label]) for label in others),
+        ("Worst-case latency", amount(network.worst_latency, "times"), ""),
         ("Predicted latency", milliseconds(network.predicted_latency_ms), "predicted"),
         ("Throughput", amount(network.throughput_ips, "images/s", network.throughput_ips * relative_std(network)), network.latency_source),
         ("Time per image", _time_per_image(network), network.latency_source),
