@@ -30,9 +30,10 @@ from lowsearch.errors import DataError
 from lowsearch.search import leases
 from lowsearch.search import study as studies
 from lowsearch.search import worker as workers
+from lowsearch.search.devices import Fleet, fit_scales, scales_from
 from lowsearch.search.joining import join
-from lowsearch.search.parts import FinalScore, Parts
-from lowsearch.search.settings import StudySettings
+from lowsearch.search.parts import FinalScore, Parts, ProxyAccuracy
+from lowsearch.search.settings import StudySettings, read_study_file
 from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
 from lowsearch.search.study import Backend, run
 from lowsearch.search.verification import VERIFIED, Verifications
@@ -55,6 +56,14 @@ class FakeLatency:
     def predict(self, genomes):
         mean_ms = SCORE(genomes)[:, 0] / 2e7
         return mean_ms, 0.05 * mean_ms
+
+
+class OtherLatency:
+    """A device that parameters slow down, not MACs: 0.1 ms and 1 ns for each, known to 10 %."""
+
+    def predict(self, genomes):
+        mean_ms = 0.1 + SCORE(genomes)[:, 1] / 1e6
+        return mean_ms, 0.1 * mean_ms
 
 
 class FakeEnergy:
@@ -223,12 +232,27 @@ def misbehave(folder, arch):
         raise ZeroDivisionError("a bug")
 
 
+def fake_fleet(folder: Path, settings: StudySettings) -> Fleet | None:
+    """FakeLatency on the first device, OtherLatency on all others."""
+    first, *others = settings.labels
+    if not others:
+        return None
+    devices = {first: FakeLatency(), **{label: OtherLatency() for label in others}}
+    stored = read_study_file(folder) or {}
+    return Fleet(devices, scales_from(stored["devices"]) if stored else fit_scales(SPACE, devices, ProxyAccuracy(SPACE, "macs")))
+
+
 def make_parts(folder: Path, settings: StudySettings) -> Parts:
-    attached = settings.device != "elsewhere"
+    attached = settings.devices[0] != "elsewhere"
+    fleet = fake_fleet(folder, settings)
+    sources = {label: "table" if i or not attached else "predicted" for i, label in enumerate(settings.labels)}
+    devices = [{"device": d, "latency_source": sources[d], **dataclasses.asdict(s)} for d, s in fleet.scales.items()] if fleet else []
     return Parts(
         space=SPACE,
         latency=FakeLatency(),
         latency_source="predicted" if attached else "table",
+        fleet=fleet,
+        sources=sources,
         explain=lambda arch: [FakeShare(place, block, cost.of_block(block).macs / 2e7) for place, block in arch.named_blocks()],
         chance_accuracy=0.1,
         training=lambda: FakeTraining(folder, settings.seed),
@@ -241,7 +265,11 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         verify=verifier(folder) if settings.device == "doubtful" else None,
         verifications=Verifications(folder / VERIFIED),
         anchors=ANCHORS if settings.device == "doubtful" else (),
-        facts={"device_name": "a fake device", "images": {"train": 8000, "val": 1000, "test": 2000}},
+        facts={
+            "device_name": "a fake device",
+            "images": {"train": 8000, "val": 1000, "test": 2000},
+            **({"devices": devices} if fleet else {}),
+        },
     )
 
 

@@ -53,7 +53,7 @@ _ALL = (
     Objective(name="latency", metric="latency_ms", direction="minimize", unit="ms", word="latency", log=True),
     Objective(name="throughput", metric="throughput_ips", direction="maximize", unit="images/s", word="throughput", log=True),
     Objective(name="imagetime", metric="time_per_image_ms", direction="minimize", unit="ms/image", word="time per image", log=True),
-    Objective(name="worstlatency", metric="worst_latency", direction="minimize", unit="times", word="worst-case latency", log=True),
+    Objective(name="worstlatency", metric="worst_latency", direction="minimize", unit="on the scale", word="worst-case latency", log=True),
     Objective(name="memory", metric="peak_memory_mb", direction="minimize", unit="MB", word="peak memory", log=True),
     Objective(name="size", metric="artifact_mb", direction="minimize", unit="MB", word="file size", log=True),
     Objective(name="energy", metric="energy_mj", direction="minimize", unit="mJ", word="energy", log=True),
