@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -19,18 +20,19 @@ from lowsearch.errors import DeviceError, StudyError, TableError, UsageError
 from lowsearch.latency.table import SHIPPED, LatencyTable
 from lowsearch.latency.target import Target, attached_devices
 from lowsearch.report.page import build_report, page_data
+from lowsearch.report.sections import body
 from lowsearch.report.study_files import read_study
 from lowsearch.report.study_tools import export
 from lowsearch.report.tables import shared_fronts
 from lowsearch.search import study as studies
-from lowsearch.search.assembly import prepare, resolve
+from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.devices import Fleet, Scale, device_labels, fit_scales, scales_from
 from lowsearch.search.estimates import Estimator, at_confidence, excess
 from lowsearch.search.knowledge import of_study
 from lowsearch.search.objectives import parse_limits, parse_objectives
 from lowsearch.search.parts import ProxyAccuracy
 from lowsearch.search.sampler import Evolution, LowSearchSampler
-from lowsearch.search.settings import StudySettings, check_resumable, read_study_file, stored_settings
+from lowsearch.search.settings import StudySettings, check_resumable, read_study_file
 from lowsearch.search.sharing import regrets
 from lowsearch.search.storage import open_study
 
@@ -200,16 +202,17 @@ def test_scales_are_fixed_in_study_yaml_and_a_resume_takes_them_from_there(finis
 
 
 def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(tmp_path):
-    whole = fakes.search(tmp_path / "whole", SETTINGS)
-    fakes.search(tmp_path / "cut", dataclasses.replace(SETTINGS, trials=3))
-    assert fakes.essence(fakes.search(tmp_path / "cut", SETTINGS)) == fakes.essence(whole)
+    short = dataclasses.replace(SETTINGS, trials=4)
+    whole = fakes.search(tmp_path / "whole", short)
+    fakes.search(tmp_path / "cut", dataclasses.replace(SETTINGS, trials=2))
+    assert fakes.essence(fakes.search(tmp_path / "cut", short)) == fakes.essence(whole)
 
 
 def test_limits_of_both_devices_hold_for_everything_proposed(tmp_path):
     limits = parse_limits(maxima=["latency_ms@there=0.35", "latency_ms@here=0.3"])
-    found = fakes.search(tmp_path / "study", dataclasses.replace(SETTINGS, limits=limits))
+    found = fakes.search(tmp_path / "study", dataclasses.replace(SETTINGS, limits=limits, trials=4))
     scored = np.stack([c.genome for c in found if c.state == "complete"])
-    assert len(scored) > 8 and (excess(Estimator(TINY, FLEET).estimate(scored), limits) == 0).all()
+    assert len(scored) > 4 and (excess(Estimator(TINY, FLEET).estimate(scored), limits) == 0).all()
 
 
 def test_only_the_first_device_is_measured_and_the_front_is_by_its_measurements(finished):
@@ -256,7 +259,7 @@ def test_a_study_of_one_device_has_none_of_it(tmp_path):
     assert not any("@" in column or "worst" in column for column in rows(folder / "candidates.csv")[0])
     text = (folder / "study.yaml").read_text()
     assert "devices" not in text and "worst_latency" not in text
-    assert "together" not in build_report(folder).read_text() and shared_fronts(read_study(folder)) == []
+    assert "together" not in body(read_study(folder)) and shared_fronts(read_study(folder)) == []
 
 
 def test_the_page_shows_what_sharing_costs(finished):
@@ -350,17 +353,46 @@ def test_a_missing_table_and_an_attached_device_that_is_not_first_are_told_befor
         prepare(tmp_path / "study", resolve(StudySettings(device=f"{OFFICE},cpu", runtime="openvino", accuracy="macs")), None)
 
 
-def test_two_shipped_tables_searched_together_from_the_command_line(tables, home, capsys):
-    command = ["run", "--device", OFFICE, "--device", LAB, "--accuracy", "macs", "--workers", "1", "--study", "both"]
-    assert cli.invoke([*command, "--trials", "2", "--max", "latency_ms@lab=3"]) == 0
-    assert "What sharing costs" in capsys.readouterr().out
-    folder = home / "studies" / "both"
-    assert set(json.loads((folder / "summary.json").read_text())["sharing"]["fronts"]) == {"shared", OFFICE, LAB}
-    assert all(float(row[f"latency_ms@{LAB}"]) <= 3 and row["latency_source"] == "table" for row in rows(folder / "front.csv"))
+def test_two_shipped_tables_make_a_study_of_two_devices(tables, home):
+    folder, settings = home / "both", resolve(StudySettings(device=f"{OFFICE},{LAB}", accuracy="macs", trials=1))
+    prepare(folder, settings, None)
     assert sorted(path.name for path in folder.glob("latency_table*")) == ["latency_table-2.jsonl", "latency_table.jsonl"]
-    assert of_study(folder).fleet.scales == scales_from(read_study_file(folder)["devices"])
-    assert cli.invoke([*command, "--batch", "1", "--batch", "8"]) == 2
-    again = ["run", "--study", "both", "--device", LAB, "--device", OFFICE, "--runtime", "torchscript", "--runtime", "openvino"]
-    assert cli.invoke(again) == 2
-    assert "was made with device office-cpu,lab-cpu" in capsys.readouterr().err
-    check_resumable("both", stored_settings(folder), resolve(dataclasses.replace(stored_settings(folder), objective="acc-latency")))
+    parts = build_parts(folder, settings)
+    assert parts.measure is None and parts.sources == {OFFICE: "table", LAB: "table"}
+    plan = studies._opened(folder, settings, parts)
+    assert plan.reference["worst_latency"] > 1
+    devices = read_study_file(folder)["devices"]
+    assert [(d["device"], d["runtime"]) for d in devices] == [(OFFICE, "openvino"), (LAB, "torchscript")]
+    assert of_study(folder).fleet.scales == scales_from(devices) == parts.fleet.scales
+    check_resumable("both", settings, resolve(dataclasses.replace(settings, objective="acc-latency")))
+    with pytest.raises(StudyError, match="was made with device office-cpu,lab-cpu"):
+        check_resumable("both", settings, resolve(dataclasses.replace(settings, device=f"{LAB},{OFFICE}", runtime="torchscript,openvino")))
+
+
+def test_the_command_line_tells_what_sharing_costs(finished, tmp_path, monkeypatch, capsys):
+    folder, result = finished
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lowsearch.search.study.run", lambda settings, folder, progress: result)
+    shutil.copytree(folder, tmp_path / "studies" / "both")
+    assert cli.invoke(["run", "--study", "both", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["summary"]["sharing"]["devices"] == ["here", "there"] and "latency_ms@there" in found["front"][0]
+    assert cli.invoke(["run", "--study", "both"]) == 0
+    text = capsys.readouterr().out
+    assert "What sharing costs" in text and "ms on there (table)" in text and "here alone" in text
+    assert cli.invoke(["run", "--study", "both", "--batch", "1", "--batch", "8"]) == 2
+    assert "one search has one batch" in capsys.readouterr().err
+
+
+def test_flags_of_several_devices_reach_the_settings(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lowsearch.search.study.run", lambda settings, folder, progress: asked.append(settings) or exit())
+    flags = ["--device", "a", "--device", "b", "--runtime", "x", "--runtime", "y", "--max", "latency_ms@b=3", "--threads", "2"]
+    with pytest.raises(SystemExit):
+        cli.invoke(["run", *flags])
+    assert (asked[0].devices, asked[0].runtimes, asked[0].threads, asked[0].batch) == (("a", "b"), ("x", "y"), 2, 1)
+    assert [limit.name for limit in asked[0].limits] == ["latency_ms@b"]
+    with pytest.raises(SystemExit):
+        cli.invoke(["run"])
+    assert asked[1] == StudySettings()
