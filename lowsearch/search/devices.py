@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lowsearch.errors import StudyError
+from lowsearch.search.evolution import breed
 from lowsearch.space import SearchSpace
 
 _PARENTS, _CHILDREN, _GENERATIONS = 256, 1024, 24
@@ -130,9 +131,7 @@ def _fastest_ms(space: SearchSpace, model: LatencyModel, score: ScoreModel, leas
         best_ms = min(best_ms, float(latency_ms[short <= 1e-12].min(initial=np.inf)))
         parents = genomes[np.lexsort((latency_ms, short))[:_PARENTS]]
         first, second = rng.integers(len(parents), size=(2, _CHILDREN))
-        children = space.crossover(parents[first], parents[second], rng=rng)
-        mutated = rng.random(_CHILDREN) < 0.7
-        children[mutated] = space.mutate(children[mutated], rng=rng)
+        children = breed(space, parents, first, second, rng=rng)
         genomes = np.unique(np.vstack([parents, children]), axis=0)
     return best_ms
 
