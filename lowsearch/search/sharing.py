@@ -79,7 +79,7 @@ def write_regret(
     for name, mask in members.items():
         for i in sorted(np.flatnonzero(mask), key=lambda i: float(values["worst_latency"][i])):
             c = known[i]
-            accuracy = {} if math.isnan(c.accuracy) else accuracy_columns(settings, c.accuracy, c.accuracy_std, c.rung)
+            accuracy = {} if math.isnan(c.accuracy) else accuracy_columns(settings, c.accuracy, c.accuracy_std)
             for j, label in enumerate(labels):
                 rows.append(
                     accuracy
