@@ -482,6 +482,16 @@ def run(
         str | None,
         typer.Option("--storage", metavar="URL", help="A database server for the trials, as postgresql+psycopg://user@host/database."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="local, or trainings as tasks of Ray: ray (a cluster of its own), ray:auto or ray://host:port.")
+    ] = "local",
+    in_flight: Annotated[
+        int | None, typer.Option("--in-flight", help="Trials proposed before the first is known; with Ray: twice the workers.")
+    ] = None,
+    trial_cpus: Annotated[float, typer.Option("--trial-cpus", help="CPUs of a task of Ray, and threads it trains on.")] = 1.0,
+    trial_gpus: Annotated[
+        float | None, typer.Option("--trial-gpus", help="GPUs of a task of Ray, as 0.25; default: 1 where it trains on GPUs.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search: profile if needed, propose and train networks, then re-measure and train the front. The same command resumes."""
@@ -503,6 +513,7 @@ def run(
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
         "workers": workers, "recipe": _recipe_spec(recipe, recipe_set), "accuracy": accuracy, "final_seeds": final_seeds,
         "allow_stale": allow_stale, "train_device": train_device, "storage": _without_password(storage),
+        "engine": engine, "in_flight": in_flight, "trial_cpus": trial_cpus, "trial_gpus": trial_gpus,
     }  # fmt: skip
     stored = stored_settings(folder)
     if stored is None:

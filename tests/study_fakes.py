@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,13 +20,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import fake_tasks
 import numpy as np
+from fake_tasks import misbehave
 from filelock import FileLock
 
 from lowsearch import cost
 from lowsearch.arch import Arch, Block
-from lowsearch.errors import DataError
-from lowsearch.search import leases
+from lowsearch.search import leases, process
 from lowsearch.search import study as studies
 from lowsearch.search import worker as workers
 from lowsearch.search.devices import Fleet, fit_scales, scales_from
@@ -38,6 +38,7 @@ from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
 from lowsearch.search.study import Backend, run
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
+from lowsearch.train import Order
 
 SPACE = SearchSpace.load(os.environ.get("FAKE_SPACE", "lowformer-micro"))
 SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
@@ -127,17 +128,29 @@ class FakeTraining:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed, self.records = folder, seed, FakeRecords(folder)
 
+    def record(self, arch, rung):
+        return {(r.arch_id, r.rung): r for r in self.records.read()}.get((arch.arch_id, rung))
+
     def run(self, arch, rung):
-        known = {(r.arch_id, r.rung): r for r in self.records.read()}
-        if (arch.arch_id, rung) in known:
-            return known[arch.arch_id, rung]
-        misbehave(self.folder, arch)
+        if (known := self.record(arch, rung)) is not None:
+            return known
+        misbehave(self.folder, arch.arch_id)
         time.sleep(STEP_S)
+        return self._recorded(arch, rung, 10 * rung)
+
+    def _recorded(self, arch, rung, cpu_seconds):
         truth = float(true_accuracy(SPACE.encode(arch)[None])[0])
         accuracy = truth * (0.7 + 0.3 * rung) + noise(arch.arch_id, self.seed)
-        record = FakeRecord(arch, rung, accuracy, cpu_seconds=10 * rung)
+        record = FakeRecord(arch, rung, accuracy, cpu_seconds=cpu_seconds)
         self.records.append(record)
         return record
+
+    def order(self, arch, rung):
+        values = {"folder": str(self.folder), "arch_id": arch.arch_id, "rung": rung, "step_s": STEP_S}
+        return Order(
+            name=arch.arch_id, function=fake_tasks.train_rung, shared=np.zeros(8), values=values,
+            accept=lambda cpu_seconds: self._recorded(arch, rung, cpu_seconds), here=lambda: self.run(arch, rung),
+        )  # fmt: skip
 
     def discard(self, arch):
         pass
@@ -202,7 +215,7 @@ def verifier(folder):
     """Measures while the machine is slow, and notes whom."""
 
     def verify(archs):
-        misbehave(folder, archs[0])
+        misbehave(folder, archs[0].arch_id)
         with (folder / "verified.log").open("a") as file:
             file.write(f"{archs[0].arch_id}\n")
         then = {arch.arch_id: ms for arch, ms in ANCHORS}
@@ -219,17 +232,14 @@ def train_final(arch, seed, path):
     return FinalScore(val_accuracy=truth + noise(arch.arch_id, seed), test_accuracy=truth - 0.01, n_val=1000, n_test=2000, cpu_seconds=10.0)
 
 
-def misbehave(folder, arch):
-    for name in ("crash-on", "crash-once"):
-        path = folder / name
-        if path.exists() and arch.arch_id in path.read_text().split():
-            if name == "crash-once":
-                path.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-    if (folder / "mistake").exists():
-        raise DataError("the images are gone", hint="bring them back")
-    if (folder / "bug").exists():
-        raise ZeroDivisionError("a bug")
+def order_final(arch, seed, path):
+    def accept(pid):
+        assert pid != os.getpid()
+        return train_final(arch, seed, path)
+
+    return Order(
+        name=arch.arch_id, function=fake_tasks.process_id, shared=None, values={}, accept=accept, here=lambda: train_final(arch, seed, path)
+    )
 
 
 def fake_fleet(folder: Path, settings: StudySettings) -> Fleet | None:
@@ -259,6 +269,7 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         records=FakeRecords(folder).read,
         fit=lambda records: FakeScorer(records) if len(records) >= 4 else None,
         train_final=train_final,
+        order_final=order_final,
         measure=measure if attached else None,
         batch=settings.batch,
         energy=FakeEnergy() if "energy" in settings.objective else None,
@@ -286,15 +297,15 @@ class Death(BaseException):
     """The process dies here."""
 
 
-def search(folder, settings, name="worker-0.test"):
-    """The search of one worker inside this process; returns the study's candidates."""
+def search(folder, settings, name="worker-0.test", kind=workers.SearchWorker):
+    """The search of one worker inside this process, a `kind` of SearchWorker; returns the study's candidates."""
     folder.mkdir(exist_ok=True)
     parts = make_parts(folder, settings)
     plan = studies._opened(folder, settings, parts)
     study = open_study(folder, settings.objectives)
     reclaim(study)
     enqueue(study, SPACE, dict(SPACE.family), origin="family")
-    worker = workers.SearchWorker(folder, plan, parts, name=name, stopped=threading.Event(), clock=itertools.count().__next__)
+    worker = kind(folder, plan, parts, name=name, stopped=threading.Event(), clock=itertools.count().__next__)
     worker.run()
     return candidates(study, SPACE)
 
@@ -325,7 +336,7 @@ class Interrupting:
 
 def main(arguments):
     if arguments[0] == "worker":
-        return workers.main(arguments[1:], parts=make_parts)
+        return process.main(arguments[1:], parts=make_parts)
     if arguments[0] == "join":
         print(join(Path(arguments[1]), workers=int(arguments[2]), backend=backend()))
         return 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -18,7 +19,8 @@ from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import UsageError
-from lowsearch.train import Recipe, train
+from lowsearch.train import Order, Recipe, train
+from lowsearch.train.order import replace_bytes, scratch
 
 RECORDS = "records.jsonl"
 RUNGS = (0.5, 1.0)
@@ -72,6 +74,26 @@ class Ladder:
             self.records.append(record)
         return record
 
+    def order(self, arch: Arch, rung: float) -> Order:
+        """`run` for another machine: the images and the checkpoint go along, the record and the next checkpoint come back."""
+        checkpoint = self.checkpoint(arch)
+        return Order(
+            name=checkpoint.stem, function=climb, shared=self.data,
+            values={
+                "arch": arch, "rung": rung, "recipe": self.recipe, "rungs": self.rungs, "seed": self.seed, "device": self.device,
+                "checkpoint": checkpoint.read_bytes() if checkpoint.exists() else None,
+            },
+            accept=partial(self._accept, arch), here=partial(self.run, arch, rung),
+        )  # fmt: skip
+
+    def _accept(self, arch: Arch, found: tuple[dict[str, Any], bytes | None]) -> AccuracyRecord:
+        values, checkpoint = found
+        record = AccuracyRecord.from_dict(values)
+        if checkpoint is not None:
+            replace_bytes(self.checkpoint(arch), checkpoint)
+        self.records.append(record)
+        return record
+
     def record(self, arch: Arch, rung: float) -> AccuracyRecord | None:
         """What is on record for `arch` at `rung`, under this ladder's recipe, data and seed."""
         return self.records.get((arch.arch_id, self.recipe.recipe_hash, self.data.data_hash, self.seed, rung))
@@ -89,6 +111,27 @@ class Ladder:
         checkpoint = self.checkpoint(arch)
         checkpoint.unlink(missing_ok=True)
         Path(str(checkpoint) + ".lock").unlink(missing_ok=True)
+
+
+def climb(
+    data: ImageData,
+    *,
+    arch: Arch,
+    rung: float,
+    recipe: Recipe,
+    rungs: tuple[float, ...],
+    seed: int,
+    device: str,
+    checkpoint: bytes | None,
+) -> tuple[dict[str, Any], bytes | None]:
+    """`Ladder.run` on a machine that shares no folder: the record's values, and below the top the checkpoint it left."""
+    with scratch(f"{arch.arch_id}-{recipe.recipe_hash}-{data.data_hash}-s{seed}-{device}") as folder:
+        ladder = Ladder(data, recipe, folder=folder, rungs=rungs, seed=seed, device=device)
+        path = ladder.checkpoint(arch)
+        if checkpoint is not None and not path.exists():
+            replace_bytes(path, checkpoint)
+        record = ladder.run(arch, rung)
+        return record.to_dict(), path.read_bytes() if rung < 1 else None
 
 
 def _reached(rung: float, curve: tuple) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import DEFAULT_DATA, StudySettings, stored_settings
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
-from lowsearch.train import Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, train
+from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, train
+from lowsearch.train.order import replace_bytes, scratch
 from lowsearch.train.recipe import DEFAULT_RECIPE
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def resolve(settings: StudySettings) -> StudySettings:
             hint="search by a score (--accuracy published, or the proxy --accuracy macs), or train on your images (--data folder:PATH)",
         )
     name = settings.recipe or DEFAULT_RECIPE
-    if settings.train_device is not None:
+    if settings.train_device is not None and not settings.trains_elsewhere:
         require_trainable(settings.train_device)
     return dataclasses.replace(
         settings, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
@@ -253,13 +254,23 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         return train_final(arch, data, schedule, seed=seed, path=path, device=trains_on)
 
     stale = staleness(table) if settings.allow_stale else []
+
+    def order_final(arch: Arch, seed: int, path: Path) -> Order:
+        assert data is not None and schedule is not None
+        return Order(
+            name=f"{arch.arch_id}-s{seed}", function=train_final_elsewhere, shared=data,
+            values={"arch": arch, "schedule": schedule, "seed": seed, "device": trains_on},
+            accept=partial(_accept_final, path), here=partial(finalist, arch, seed, path),
+        )  # fmt: skip
+
     schedule = _schedule(folder, settings)
     trains_on = settings.train_device or "cpu"
     trains = data is not None and schedule is not None
     return Parts(
         space=space, latency=predictor, latency_source="predicted" if attached else "table", explain=predictor.explain,
         chance_accuracy=1 / space.num_classes, training=training if trains else None, records=records, fit=fit,
-        train_final=finalist if trains else None, held_out=held_out if trains else None, held_out_records=held_out_records,
+        train_final=finalist if trains else None, order_final=order_final if trains else None,
+        held_out=held_out if trains else None, held_out_records=held_out_records,
         proxies=proxies if trains else None, measure=measure if attached else None, batch=target.batch, precision=target.precision,
         energy=fit_energy(predictor), fleet=fleet, sources=_sources(settings),
         verify=verify if attached and can_time_beside_trainings(settings) else None,
@@ -300,6 +311,19 @@ def _schedule(folder: Path, settings: StudySettings) -> Recipe | None:
         return None
     stored = folder / RECIPE_FILE
     return recipe(str(stored) if stored.exists() else settings.recipe)
+
+
+def train_final_elsewhere(data: ImageData, *, arch: Arch, schedule: Recipe, seed: int, device: str) -> tuple[FinalScore, bytes]:
+    """`train_final` on a machine that shares no folder: the score, and the weights as the bytes of their file."""
+    with scratch(f"{arch.arch_id}-{schedule.recipe_hash}-{data.data_hash}-s{seed}-{device}-final") as folder:
+        score = train_final(arch, data, schedule, seed=seed, path=folder / "final", device=device)
+        return score, (folder / "final.safetensors").read_bytes()
+
+
+def _accept_final(path: Path, found: tuple[FinalScore, bytes]) -> FinalScore:
+    score, weights = found
+    replace_bytes(path.with_name(f"{path.name}.safetensors"), weights)
+    return score
 
 
 def _space(folder: Path, settings: StudySettings) -> SearchSpace:

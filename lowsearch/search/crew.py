@@ -81,10 +81,21 @@ class Crew:
     """Up to `size` workers on one study, and the trials they hold."""
 
     def __init__(
-        self, folder: Path, study: optuna.Study, command: Sequence[str], *, size: int, name: str = "", url: str | None = None
+        self,
+        folder: Path,
+        study: optuna.Study,
+        command: Sequence[str],
+        *,
+        size: int,
+        name: str = "",
+        url: str | None = None,
+        blames: bool = True,
     ) -> None:
-        """`name` is empty for `lowsearch run`, and unique for everybody else. `url`: where this machine reaches the database's server."""
+        """`name` is empty for `lowsearch run`, and unique for everybody else. `url`: where this machine reaches the database's server.
+        `blames`: whether the death of a worker counts against the network it held, which then is the only one.
+        """
         self._folder, self._study, self._command, self._size, self._url = folder, study, tuple(command), size, url
+        self._blames = blames
         self.name = name
         self._workers: list[Worker] = []
         self._watch = Watch()
@@ -121,7 +132,7 @@ class Crew:
                 log.warning("%s ended with code %s: %s", worker.name, worker.exit_code, worker.last_words())
                 crashed.append(worker)
         if crashed:
-            self._reclaim(crashed=[w.name for w in crashed])
+            self._reclaim(crashed=[w.name for w in crashed] if self._blames else ())
         return crashed
 
     def hand_back_silent(self) -> None:

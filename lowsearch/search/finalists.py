@@ -23,12 +23,14 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
+from lowsearch.search.engines import DiedError, Engine, Job
 from lowsearch.search.objectives import Metric
 from lowsearch.search.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
 from lowsearch.search.parts import FinalScore, Parts, Progress
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.shortlist import Measurement, Measurements, best_cover, keeps_measured_limits, largest_allowed_ms, measure, shortlist
 from lowsearch.search.storage import Candidate
+from lowsearch.train.order import Order
 
 PLAN = "finalists.json"
 MAX_PROPOSALS = 12
@@ -162,10 +164,13 @@ def plan_finals(
 # Training, in the workers -----------------------------------------------------------------------------------------------
 
 
-def train_planned(folder: Path, parts: Parts) -> None:
-    """Train what the plan holds and no other worker has done or is doing."""
+def train_planned(folder: Path, parts: Parts, *, engine: Engine | None = None, at_once: int = 1) -> None:
+    """Train what the plan holds and no other worker has done or is doing; with an `engine` as its orders, so many `at_once`."""
     plan = FinalPlan.load(folder)
     if plan is None or parts.train_final is None:
+        return
+    if engine is not None and parts.order_final is not None:
+        _train_by_orders(folder, plan, parts.order_final, engine, at_once)
         return
     for k, seed in enumerate(plan.seeds):  # Every network once before any of them twice.
         for finalist in plan.finalists:
@@ -176,10 +181,35 @@ def train_planned(folder: Path, parts: Parts) -> None:
             try:
                 with FileLock(home / f".seed-{k}.lock", timeout=0):
                     if not _done(home, seed):
-                        score = parts.train_final(finalist.arch, seed, home / f"seed-{seed}")
-                        write_atomically(_score_path(home, seed), json.dumps({"seed": seed, **dataclasses.asdict(score)}, indent=1) + "\n")
+                        _write_score(home, seed, parts.train_final(finalist.arch, seed, home / f"seed-{seed}"))
             except Timeout:
                 continue
+
+
+def _train_by_orders(
+    folder: Path, plan: FinalPlan, order_final: Callable[[Arch, int, Path], Order], engine: Engine, at_once: int
+) -> None:  # fmt: skip
+    missing = [(f, s) for s in plan.seeds for f in plan.finalists if not _done(folder / "models" / f.arch_id, s)]
+    running: dict[Job, tuple[Finalist, int]] = {}
+    while missing or running:
+        while missing and len(running) < at_once:
+            finalist, seed = missing.pop(0)
+            home = folder / "models" / finalist.arch_id
+            home.mkdir(parents=True, exist_ok=True)
+            running[engine.start(order_final(finalist.arch, seed, home / f"seed-{seed}"))] = finalist, seed
+        for job in engine.wait(list(running)):
+            finalist, seed = running.pop(job)
+            try:
+                _write_score(folder / "models" / finalist.arch_id, seed, engine.result(job))
+            except DiedError as error:
+                raise StudyError(
+                    f"the final training of {finalist.arch_id} was given up: {error}",
+                    hint="give its task more memory, as by --trial-cpus or --trial-gpus; the same command resumes",
+                ) from error
+
+
+def _write_score(home: Path, seed: int, score: FinalScore) -> None:
+    write_atomically(_score_path(home, seed), json.dumps({"seed": seed, **dataclasses.asdict(score)}, indent=1) + "\n")
 
 
 def trainings_done(folder: Path, plan: FinalPlan) -> int:

@@ -20,6 +20,7 @@ from lowsearch.search.estimates import AccuracyModel, EnergyPredictor, Estimator
 from lowsearch.search.settings import StudySettings
 from lowsearch.search.verification import Measured, Verifications, VerifiedLatency
 from lowsearch.space import SearchSpace
+from lowsearch.train.order import Order
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label)."""
@@ -56,6 +57,14 @@ class Training(Protocol):
 
     def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> Record:
         """Train on from the rung below; a rung that is recorded already is returned at once. `progress` hears the fraction done."""
+        ...
+
+    def record(self, arch: Arch, rung: float) -> Record | None:
+        """What is on record for `arch` at `rung`."""
+        ...
+
+    def order(self, arch: Arch, rung: float) -> Order:
+        """`run` as an order for another machine; accepted, it gives the record."""
         ...
 
     def discard(self, arch: Arch) -> None:
@@ -110,6 +119,8 @@ class Parts:
     """Trains a network with a seed on the full schedule, resumably, and leaves `<path>.safetensors`."""
     measure: Callable[[Sequence[Arch], Progress | None], Sequence[Measured]] | None
     """Measures networks in fresh processes, interleaved; None where the device is not attached."""
+    order_final: Callable[[Arch, int, Path], Order] | None = None
+    """`train_final` as an order for another machine; accepted, it gives the score. None where the study trains nothing."""
     batch: int = 1
     """Images of the forward pass that latency is of."""
     precision: Precision = "fp32"

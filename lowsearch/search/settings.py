@@ -13,6 +13,7 @@ import yaml
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.search.database import check_url
 from lowsearch.search.devices import device_labels
+from lowsearch.search.engines import check_engine
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 from lowsearch.search.samplers import SAMPLERS
 
@@ -66,6 +67,14 @@ class StudySettings:
     """Whether a latency table of this machine may be used that other versions, or another driver, measured."""
     storage: str | None = None
     """Url of the database server that holds the trials, without a password; None for study.db in the study's folder."""
+    engine: str = "local"
+    """Where networks are trained: `local`, in worker processes of this machine, or as tasks of Ray: `ray`, `ray:auto`, `ray://host:port`."""
+    in_flight: int | None = None
+    """Trials proposed before the first of them has to be known; None for 1, with Ray for twice the workers."""
+    trial_cpus: float = 1.0
+    """CPUs that a task of Ray takes, and from 2 on the threads it trains on."""
+    trial_gpus: float | None = None
+    """GPUs that a task of Ray takes; None for 1 where networks are trained on GPUs, else 0."""
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
@@ -88,7 +97,7 @@ class StudySettings:
                 raise UsageError(
                     f"{name} is {value!r}; known: {listed}", hint=f"--{name.replace('_', '-')} {next(c for c in choices if c)}"
                 )
-        for name, least in (("batch", 1), ("threads", 1), ("workers", 1), ("seed", 0), ("trials", 1), ("final_seeds", 1)):
+        for name, least in (("batch", 1), ("threads", 1), ("workers", 1), ("seed", 0), ("trials", 1), ("final_seeds", 1), ("in_flight", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise UsageError(
@@ -96,6 +105,14 @@ class StudySettings:
                 )
         if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
             raise UsageError(f"budget is {self.budget_s!r} seconds, expected more than 0", hint="--budget 8m")
+        check_engine(self.engine)
+        if not self.trial_cpus > 0 or not (self.trial_gpus is None or self.trial_gpus >= 0):
+            raise UsageError("a task of Ray takes CPUs, and maybe GPUs or a part of one", hint="--trial-cpus 1 --trial-gpus 0.25")
+        if self.n_ahead > 1 and self.engine == "local" and self.workers > 1:
+            raise UsageError(
+                "several workers of this machine propose as they become free, so --in-flight has no meaning for them",
+                hint="--workers 1, or --engine ray",
+            )
         if self.storage is not None:
             check_url(self.storage)
         if self.stand_in and any(limit.metric == "accuracy" for limit in self.limits):
@@ -127,6 +144,21 @@ class StudySettings:
         return tuple(limit for limit in self.limits if limit.device in ("", self.labels[0]))
 
     @property
+    def trains_elsewhere(self) -> bool:
+        """Whether trainings are tasks on a cluster that this machine need not be like."""
+        return self.engine not in ("local", "ray")
+
+    @property
+    def n_ahead(self) -> int:
+        """How many trials may be proposed before the first of them is known."""
+        return self.in_flight or (1 if self.engine == "local" else 2 * self.workers)
+
+    @property
+    def task_gpus(self) -> float:
+        """GPUs that one task of Ray takes."""
+        return float(self.train_device == "cuda") if self.trial_gpus is None else self.trial_gpus
+
+    @property
     def objectives(self) -> Objectives:
         return parse_objectives(self.objective)
 
@@ -151,7 +183,8 @@ class StudySettings:
     def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
         """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
         # Studies from before there was a choice have none.
-        values = {"allow_stale": False, "train_device": "cpu", "storage": None, **values}
+        engine = {"engine": "local", "in_flight": None, "trial_cpus": 1.0, "trial_gpus": None}
+        values = {"allow_stale": False, "train_device": "cpu", "storage": None, **engine, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
             if wrong:
@@ -163,7 +196,8 @@ class StudySettings:
         return cls(**{**values, "limits": parsed})
 
 
-EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds", "allow_stale", "train_device")
+_ENGINE = ("engine", "in_flight", "trial_cpus", "trial_gpus")
+EXTENSIBLE = ("budget_s", "trials", "workers", "final_seeds", "allow_stale", "train_device", *_ENGINE)
 """Settings that a resumed study may change: more of the same search, with the table it has. Any other change would mix two studies."""
 
 _FLAGS = {"objective": "--objective", "limits": "--max/--min", "budget_s": "--budget"}

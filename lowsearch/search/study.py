@@ -37,6 +37,7 @@ from lowsearch.search import finalists, promotion
 from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.crew import MAX_CRASHES_IN_A_ROW, Crew, await_orphans, crashed_too_often
 from lowsearch.search.database import connect
+from lowsearch.search.engines import require_engine
 from lowsearch.search.estimates import excess, reference_values
 from lowsearch.search.feasible import all_to_try, check_limits
 from lowsearch.search.gate import forecast_agreement, why_steering_ended
@@ -76,7 +77,7 @@ class Backend:
     resolve: Callable[[StudySettings], StudySettings] = resolve
     prepare: Callable[[Path, StudySettings, Progress | None], None] = prepare
     parts: Callable[[Path, StudySettings], Parts] = build_parts
-    worker: tuple[str, ...] = (sys.executable, "-m", "lowsearch.search.worker")
+    worker: tuple[str, ...] = (sys.executable, "-m", "lowsearch.search.process")
     """Command that starts a worker; folder, name, job and elapsed seconds are appended."""
 
 
@@ -106,6 +107,7 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
         stored = stored_settings(folder)
         if stored is not None:
             check_resumable(folder.name, stored, settings)
+        require_engine(settings.engine)
         if settings.storage is not None:
             connect(settings.storage, patience_s=0)  # Before anything is measured or written: a mistyped url is told at once.
         with clock.running("profile"):
@@ -275,7 +277,8 @@ class _Run:
         self._folder, self._plan, self._parts, self._study, self._backend = folder, plan, parts, study, backend
         self._clock, self._progress = clock, progress
         self._files = StudyFiles(folder, plan.settings, parts, plan.reference_costs)
-        self._crew = Crew(folder, study, backend.worker, size=plan.settings.workers)
+        local = plan.settings.engine == "local"  # Else one process conducts the tasks of all trials.
+        self._crew = Crew(folder, study, backend.worker, size=plan.settings.workers if local else 1, blames=local)
         self._refreshed = -math.inf
         self._hypervolume = 0.0
         self._said = False

@@ -1,24 +1,13 @@
-"""A worker of a study: one process, one torch thread, one network at a time. Started by `study.run`, never by hand.
+"""A worker of a study: one process (`search.process`), one torch thread, one network at a time.
 
-    python -m lowsearch.search.worker FOLDER NAME search ELAPSED_S [STORAGE_URL]
-    python -m lowsearch.search.worker FOLDER NAME finals
-
-Any byte on stdin ends the search at the next rung; the end of the stream (the parent is gone) ends the process at once. Everything it
-trained is on disk by then. It dies rather than let Optuna mark an interrupted trial as failed, so that the trial is taken up again
-under the same number.
+It dies rather than let Optuna mark an interrupted trial as failed, so that the trial is taken up again under the same number.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
-import signal
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.arch import Arch
-from lowsearch.errors import LowsearchError, StudyError
-from lowsearch.search.assembly import build_parts
+from lowsearch.errors import StudyError
 from lowsearch.search.database import PATIENCE_S
 from lowsearch.search.estimates import AccuracyModel, excess
 from lowsearch.search.feasible import networks_within
@@ -146,9 +134,13 @@ class SearchWorker:
             finally:
                 self._lock.release(force=True)
 
+    def _records(self) -> Sequence[Record]:
+        """The trainings that the next decision may know of."""
+        return self._parts.records()
+
     def _judge_steering(self) -> None:
         if self._gate is not None and not self._is_random:
-            self._gate.judge(self._parts.records(), n_trials=len(self._study.get_trials(deepcopy=False)))
+            self._gate.judge(self._records(), n_trials=len(self._study.get_trials(deepcopy=False)))
             if self._gate.ended:
                 self._study.sampler = self._sampler("random")
 
@@ -191,17 +183,26 @@ class SearchWorker:
 
     def _judged(self, trial: Trial) -> tuple[float, ...]:
         """The values of `trial`, trained if need be. Raises TrialPruned where it must not be."""
+        genome, reason = self._proposal(trial)
+        self._lock.release(force=True)
+        if reason:
+            raise optuna.TrialPruned(reason)
+        score = self._score(self._parts.space.decode(genome), genome, whole=trains_whole(trial))
+        return self._values(trial, genome, score)
+
+    def _proposal(self, trial: Trial) -> tuple[np.ndarray, str]:
+        """The genome of `trial`, and why it must not be trained, or nothing. Call it under the proposal lock."""
         if "origin" not in trial.user_attrs:
             trial.set_user_attr("origin", "random" if self._is_random else "proposed")
         genome = suggest_genome(trial, self._parts.space)
         reason = self._refusal(trial, genome)
-        self._lock.release(force=True)
         if reason:
             trial.set_user_attr("reason", reason)
             self._sign_off(trial)
-            raise optuna.TrialPruned(reason)
-        whole = trial.user_attrs["origin"] == "family" or bool(trial.user_attrs.get(WHOLE_SCHEDULE))
-        score = self._score(self._parts.space.decode(genome), genome, whole=whole)
+        return genome, reason
+
+    def _values(self, trial: Trial, genome: np.ndarray, score: Score) -> tuple[float, ...]:
+        """What Optuna is told of a scored trial. Raises Overtaken where another worker holds it by now."""
         if not is_held(self._study._storage, trial._trial_id, self._name):
             raise Overtaken
         if score.stopped:
@@ -273,7 +274,7 @@ class SearchWorker:
     def _newest_model(self) -> AccuracyModel | None:
         if self._stand_in is not None:
             return self._stand_in
-        return self._parts.fit(self._parts.records()) if self._training is not None else None
+        return self._parts.fit(self._records()) if self._training is not None else None
 
     # Training ----------------------------------------------------------------------------------------------------------
 
@@ -285,22 +286,25 @@ class SearchWorker:
             return Score(accuracy=None, accuracy_std=None, rung=0.0)
         score = None
         for rung in self._training.rungs:
-            record = self._training.run(arch, rung)
-            # What a candidate recorded above this rung before it was interrupted must not change what is decided at this one.
-            records = [r for r in self._parts.records() if r.arch_id != record.arch_id or r.rung <= rung]
-            scorer = self._parts.fit(records)
-            mean, std = scorer.predict_record(record) if scorer else (record.val_accuracy, UNKNOWN_STD)
-            against = "" if whole or rung >= 1 else self._against(record, records, scorer)
-            if self._stopped.is_set() and rung < 1:
-                against = "the search is over"
-            score = Score(
-                accuracy=float(mean), accuracy_std=float(std), rung=rung, val_accuracy=float(record.val_accuracy),
-                stopped=f"stopped at {100 * rung:.0f} %: {against}" if against else "",
-            )  # fmt: skip
-            if against:
+            score = self._judged_at(self._training.run(arch, rung), rung, whole=whole)
+            if score.stopped:
                 break
         assert score is not None, "a ladder has at least one rung"
         return score
+
+    def _judged_at(self, record: Record, rung: float, *, whole: bool) -> Score:
+        """What a training to `rung` says, and why it does not go on, if so."""
+        # What a candidate recorded above this rung before it was interrupted must not change what is decided at this one.
+        records = [r for r in self._records() if r.arch_id != record.arch_id or r.rung <= rung]
+        scorer = self._parts.fit(records)
+        mean, std = scorer.predict_record(record) if scorer else (record.val_accuracy, UNKNOWN_STD)
+        against = "" if whole or rung >= 1 else self._against(record, records, scorer)
+        if self._stopped.is_set() and rung < 1:
+            against = "the search is over"
+        return Score(
+            accuracy=float(mean), accuracy_std=float(std), rung=rung, val_accuracy=float(record.val_accuracy),
+            stopped=f"stopped at {100 * rung:.0f} %: {against}" if against else "",
+        )  # fmt: skip
 
     def _against(self, record: Record, records: Sequence[Record], scorer: Scorer | None) -> str:
         """What speaks against training the network of `record` further, or nothing."""
@@ -341,53 +345,10 @@ class Score:
     """Why it was not trained further; empty where it was trained to the end, or not at all."""
 
 
+def trains_whole(trial: Trial) -> bool:
+    """Whether the network of `trial` is trained to the end, whatever it promises."""
+    return trial.user_attrs["origin"] == "family" or bool(trial.user_attrs.get(WHOLE_SCHEDULE))
+
+
 def _counts_as_tried(candidate: Candidate) -> bool:
     return candidate.state != "pruned" and (candidate.state != "failed" or bool(candidate.reason))  # Without: being retried.
-
-
-def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Parts] = build_parts) -> int:
-    """Entry point of the process; returns its exit code. A mistake of the user's goes to stdout as JSON, for the parent to raise."""
-    folder, name, job = Path(arguments[0]), arguments[1], arguments[2]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers itself.
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
-    stopped = threading.Event()
-    threading.Thread(target=_obey, args=(stopped,), daemon=True).start()
-    slot = name.partition(".")[0]
-    try:
-        held = FileLock(folder / WORKER_LOCK.format(slot=slot), timeout=60)  # A lock without a name is given back at once.
-        held.acquire()
-        plan = Plan.read(folder)
-        if job == "finals":
-            from lowsearch.search.finalists import train_planned
-
-            train_planned(folder, parts(folder, plan.settings))
-            return 0
-        start, before_s = time.monotonic(), float(arguments[3])
-        worker = SearchWorker(
-            folder, plan, parts(folder, plan.settings), name=name, stopped=stopped, clock=lambda: before_s + time.monotonic() - start,
-            url=arguments[4] if len(arguments) > 4 else None,
-        )  # fmt: skip
-        worker.run()
-        return 0
-    except LowsearchError as error:
-        return _complain(error)
-    except Abandoned as abandoned:
-        if isinstance(abandoned.__cause__, LowsearchError):
-            return _complain(abandoned.__cause__)
-        traceback.print_exception(abandoned.__cause__)
-        return 1
-
-
-def _complain(error: LowsearchError) -> int:
-    print(json.dumps({"kind": type(error).__name__, "message": error.message, "hint": error.hint}), flush=True)
-    return USER_ERROR_EXIT
-
-
-def _obey(stopped: threading.Event) -> None:
-    while os.read(0, 64):  # Not sys.stdin: a thread that waits in it breaks the interpreter's shutdown.
-        stopped.set()
-    os._exit(1)  # The parent is gone: whoever resumes the study must not meet this process.
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
