@@ -220,10 +220,10 @@ def test_gains_are_counted_from_what_is_estimated_now_not_from_a_lucky_trial():
     for number, trial in enumerate(lucky):
         trial.number = number
     sampler = make_sampler(accuracy=Remembering())
-    costs = sampler._known_costs(lucky, genomes, Remembering())
+    costs = sampler._known_costs(lucky, genomes, Remembering(), sampler._estimator)
     assert costs[:3, 0] == pytest.approx(-FakeAccuracy().predict(genomes[:3])[0])
     assert costs[3, 0] == -0.99  # Nothing is on record of it.
-    assert (make_sampler()._known_costs(lucky, genomes, FakeAccuracy())[:, 0] == -0.99).all()
+    assert (sampler._known_costs(lucky, genomes, FakeAccuracy(), sampler._estimator)[:, 0] == -0.99).all()
 
 
 def test_now_and_then_the_least_certain_network_of_a_slice_is_proposed():
