@@ -120,9 +120,9 @@ def test_a_trial_knows_what_had_ended_when_it_was_proposed(tmp_path):
     seen = []
 
     class Watching(Conductor):
-        def _judged_at(self, record, rung, *, family):
+        def _judged_at(self, record, rung, *, whole):
             seen.append((record.arch_id, {r.arch_id for r in self._records()}))
-            return super()._judged_at(record, rung, family=family)
+            return super()._judged_at(record, rung, whole=whole)
 
     settings = StudySettings(**{**AHEAD, "workers": 3, "engine": "ray"})
     found = search(folder, settings, kind=partial(Watching, engine=ShuffledEngine()))
