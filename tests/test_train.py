@@ -27,7 +27,7 @@ from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.model.lowformer import build_model
 from lowsearch.train import RECIPES, Recipe, TrainResult, evaluate, recipe, train
 from lowsearch.train.checkpoint import load_tensors
-from lowsearch.train.engine import _augmented, _learning_rate_factor, _resized, _Run, _score
+from lowsearch.train.engine import _Run, _score, augmented, learning_rate_factor, resized
 from lowsearch.train.recorded import Recorded
 
 
@@ -230,18 +230,18 @@ def test_saved_weights_build_the_same_network(uninterrupted: TrainResult, images
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero() -> None:
-    factors = [_learning_rate_factor(step, 1000, 0.1) for step in range(1000)]
+    factors = [learning_rate_factor(step, 1000, 0.1) for step in range(1000)]
     assert factors[0] < 0.01 and factors[-1] < 1e-5 and max(factors) > 0.999
     assert np.allclose(np.diff(factors[:99], 2), 0, atol=1e-12)
     assert factors[550] == pytest.approx(0.5, abs=0.01)  # middle of the cosine
-    assert [_learning_rate_factor(s, 4, 0.0) for s in (0, 3)] == pytest.approx([0.962, 0.038], abs=0.001)
+    assert [learning_rate_factor(s, 4, 0.0) for s in (0, 3)] == pytest.approx([0.962, 0.038], abs=0.001)
 
 
 def test_augmentation_shifts_with_repeated_border_and_mirrors() -> None:
     rng = np.random.default_rng(0)
     stored = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     chosen = torch.tensor([3, 0, 3, 4] * 10)
-    out = _augmented(torch.from_numpy(stored), chosen, dataclasses.replace(BRIEF, shift=0.125), np.random.default_rng(1)).numpy()
+    out = augmented(torch.from_numpy(stored), chosen, dataclasses.replace(BRIEF, shift=0.125), np.random.default_rng(1)).numpy()
     padded = np.pad(stored, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
     seen = set()
     for image, index in zip(out, chosen.tolist(), strict=True):
@@ -261,7 +261,7 @@ def test_augmentation_shifts_with_repeated_border_and_mirrors() -> None:
 def test_augmentation_that_is_off_changes_nothing() -> None:
     stored = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
     off = dataclasses.replace(BRIEF, shift=0.0, flip=False)
-    assert torch.equal(_augmented(stored, torch.tensor([2, 5]), off, np.random.default_rng(0)), stored[[2, 5]])
+    assert torch.equal(augmented(stored, torch.tensor([2, 5]), off, np.random.default_rng(0)), stored[[2, 5]])
 
 
 @pytest.mark.parametrize("px", [24, 32, 48, 64])
@@ -269,7 +269,7 @@ def test_resizing_agrees_with_pillow(px: int) -> None:
     coarse = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     stored = np.stack([np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC)) for i in coarse])
     expected = np.stack([np.asarray(Image.fromarray(i).resize((px, px), Image.Resampling.BILINEAR)) for i in stored])
-    assert np.abs(_resized(stored, px).numpy().astype(int) - expected).max() <= 1
+    assert np.abs(resized(stored, px).numpy().astype(int) - expected).max() <= 1
 
 
 def test_score_counts_hits_and_averages_the_loss() -> None:

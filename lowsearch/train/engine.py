@@ -150,7 +150,7 @@ def check_recipe(recipe: Recipe, *, num_classes: int) -> None:
 
 def evaluate(model: nn.Module, split: Split, resolution_px: int, *, device: str = "cpu") -> float:
     """Accuracy of `model` on the images of `split`, resized to `resolution_px`, computed on `device`, where `model` is moved."""
-    return _score(model.to(device), _resized(split.images, resolution_px, device), _as_tensor(split.labels).to(device))[0]
+    return _score(model.to(device), resized(split.images, resolution_px, device), as_tensor(split.labels).to(device))[0]
 
 
 def hash_of_init(init: Mapping[str, Tensor] | None) -> str | None:
@@ -166,7 +166,7 @@ def hash_of_init(init: Mapping[str, Tensor] | None) -> str | None:
 
 def network_input(images: np.ndarray, resolution_px: int) -> Tensor:
     """uint8 `images` (n, side, side, 3) as a network of `resolution_px` sees them, (n, 3, resolution_px, resolution_px)."""
-    return _normalised(_resized(images, resolution_px))
+    return normalised(resized(images, resolution_px))
 
 
 class _Run:
@@ -196,10 +196,10 @@ class _Run:
         self.batch_size -= self.batch_size % 2 if recipe.mixes else 0  # Mixing takes pairs.
         # A crop is taken from the stored image and resampled once; everything else works on images of the network's resolution.
         train_px = data.image_px if recipe.random_crop else arch.resolution_px
-        self.train_images_BHWC = _resized(data.train.images[:n_images], train_px, device)
-        self.train_labels = _as_tensor(data.train.labels[:n_images]).to(device)
-        self.val_images_BHWC = _resized(data.val.images, arch.resolution_px, device)
-        self.val_labels = _as_tensor(data.val.labels).to(device)
+        self.train_images_BHWC = resized(data.train.images[:n_images], train_px, device)
+        self.train_labels = as_tensor(data.train.labels[:n_images]).to(device)
+        self.val_images_BHWC = resized(data.val.images, arch.resolution_px, device)
+        self.val_labels = as_tensor(data.val.labels).to(device)
         self.identity = {
             "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data_hash": data.data_hash, "seed": seed,
             "init": hash_of_init(init),
@@ -254,7 +254,7 @@ class _Run:
             self._evaluate()
         return TrainResult(
             arch=self.arch, recipe=self.recipe, seed=self.seed, fraction=self.step / self.total_steps,
-            curve=tuple(self.curve), diverged=self.diverged, weights=_portable(self._evaluated_state()),
+            curve=tuple(self.curve), diverged=self.diverged, weights=portable(self._evaluated_state()),
         )  # fmt: skip
 
     def _train_step(self) -> None:
@@ -263,19 +263,19 @@ class _Run:
         recipe = self.recipe
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.train_labels))
-        chosen = _as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size]).to(self.device)
+        chosen = as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size]).to(self.device)
         rng = np.random.default_rng([self.seed, _AUGMENTATION, self.step])
-        images_BHWC, targets = _augmented(self.train_images_BHWC, chosen, recipe, rng), self.train_labels[chosen]
+        images_BHWC, targets = augmented(self.train_images_BHWC, chosen, recipe, rng), self.train_labels[chosen]
         if self.augmentation is None:
-            x_BCHW = _normalised(images_BHWC)
+            x_BCHW = normalised(images_BHWC)
         else:
             with drawing_from(np.random.default_rng([self.seed, _TIMM, self.step])):
-                x_BCHW, targets = self.augmentation.mixed(_normalised(self.augmentation.pixels(images_BHWC)), targets)
+                x_BCHW, targets = self.augmentation.mixed(normalised(self.augmentation.pixels(images_BHWC)), targets)
         torch.manual_seed(int(np.random.default_rng([self.seed, _MODEL, self.step]).integers(2**63)))  # dropout and stochastic depth
 
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _learning_rate_factor(self.step, self.total_steps, recipe.warmup_fraction)
+            group["lr"] = recipe.learning_rate * learning_rate_factor(self.step, self.total_steps, recipe.warmup_fraction)
         loss, norm = self._gradients(x_BCHW, targets)
         loss_value, norm_value = torch.stack([loss, norm]).tolist()  # A GPU is waited for once.
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -364,7 +364,7 @@ class _Run:
             "step": self.step, "total_steps": self.total_steps, "diverged": self.diverged, "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps, "cpu_seconds": self._cpu_seconds(), "curve": [_point_to_list(p) for p in self.curve],
         }  # fmt: skip
-        save_tensors(self.checkpoint, _portable(tensors), {**self.identity, **standing})
+        save_tensors(self.checkpoint, portable(tensors), {**self.identity, **standing})
 
     def _resume(self, path: Path) -> None:
         import torch
@@ -408,7 +408,7 @@ def _step_of(fraction: float, total_steps: int) -> int:
     return max(1, round(fraction * total_steps))
 
 
-def _learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
     """Linear from 0 over the warm-up, then half a cosine to 0; `step` counts from 0 and is taken at its middle."""
     done = (step + 0.5) / total_steps
     if done < warmup_fraction:
@@ -444,7 +444,7 @@ def _teacher(teacher: str, num_classes: int) -> nn.Module:
     return own_teacher(files[0], files[1], num_classes=num_classes, mean=IMAGE_MEAN, std=IMAGE_STD)
 
 
-def _augmented(images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
+def augmented(images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
     """The `chosen` of uint8 `images_BHWC`, each shifted and mirrored at random."""
     import torch
 
@@ -457,14 +457,12 @@ def _augmented(images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.rand
         columns = np.where(rng.random((n, 1)) < 0.5, columns[:, ::-1], columns)
     # One gather from a flat list of pixels: a third of the time of indexing with three tensors.
     pixels = (
-        chosen.to(device)[:, None, None] * (px * px)
-        + _as_tensor(rows * px).to(device)[:, :, None]
-        + _as_tensor(columns).to(device)[:, None]
+        chosen.to(device)[:, None, None] * (px * px) + as_tensor(rows * px).to(device)[:, :, None] + as_tensor(columns).to(device)[:, None]
     )
     return torch.index_select(images_BHWC.reshape(-1, 3), 0, pixels.reshape(-1)).reshape(n, px, px, 3)
 
 
-def _normalised(images_BHWC: Tensor) -> Tensor:
+def normalised(images_BHWC: Tensor) -> Tensor:
     """uint8 pixels as the network's input; NHWC memory seen as NCHW is the channels-last layout, so nothing is copied for it."""
     import torch
 
@@ -484,14 +482,14 @@ def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor) -> tuple[float
     with torch.inference_mode():
         for start in range(0, len(labels), _EVALUATION_BATCH):
             batch = slice(start, start + _EVALUATION_BATCH)
-            logits = model(_normalised(images_BHWC[batch]))
+            logits = model(normalised(images_BHWC[batch]))
             correct += int((logits.argmax(1) == labels[batch]).sum())
             loss += float(F.cross_entropy(logits, labels[batch], reduction="sum"))
     model.train(was_training)
     return correct / len(labels), loss / len(labels)
 
 
-def _resized(images: np.ndarray, px: int, device: str = "cpu") -> Tensor:
+def resized(images: np.ndarray, px: int, device: str = "cpu") -> Tensor:
     """`images` (n, side, side, 3) as a uint8 tensor (n, px, px, 3) on `device`, resampled once with antialiasing."""
     import torch
 
@@ -503,13 +501,13 @@ def _resized(images: np.ndarray, px: int, device: str = "cpu") -> Tensor:
     return out
 
 
-def _as_tensor(values: np.ndarray) -> Tensor:
+def as_tensor(values: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU in plain memory order, as safetensors wants them."""
     import torch
 

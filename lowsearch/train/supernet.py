@@ -35,7 +35,7 @@ from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.files import write_atomically
 from lowsearch.space import SearchSpace
 from lowsearch.train.checkpoint import load_checkpoint, load_tensors, save_tensors
-from lowsearch.train.engine import _as_tensor, _augmented, _learning_rate_factor, _normalised, _portable, _resized
+from lowsearch.train.engine import as_tensor, augmented, learning_rate_factor, normalised, portable, resized
 from lowsearch.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def inherit(supernet: Supernet, arch: Arch, data: ImageData, *, n_images: int = 
     Raises NotInSpaceError where the supernet does not hold it.
     """
     model = supernet.subnet(arch).to(device)
-    estimate_statistics(model, _resized(data.train.images[:n_images], arch.resolution_px, device))
+    estimate_statistics(model, resized(data.train.images[:n_images], arch.resolution_px, device))
     return model
 
 
@@ -277,7 +277,7 @@ def estimate_statistics(model: nn.Module, images_BHWC: Tensor) -> None:
     batches = max(1, len(images_BHWC) // _STATISTICS_BATCH)
     with torch.no_grad():
         for i in range(batches):
-            model(_normalised(images_BHWC[i * _STATISTICS_BATCH : (i + 1) * _STATISTICS_BATCH]))
+            model(normalised(images_BHWC[i * _STATISTICS_BATCH : (i + 1) * _STATISTICS_BATCH]))
     for norm in norms:
         norm.momentum = nn.BatchNorm2d(1).momentum
     model.eval()
@@ -288,12 +288,12 @@ def validate(model: nn.Module, data: ImageData, resolution_px: int, *, device: s
     import torch
     import torch.nn.functional as F
 
-    images_BHWC, labels = _resized(data.val.images, resolution_px, device), _as_tensor(data.val.labels).to(device)
+    images_BHWC, labels = resized(data.val.images, resolution_px, device), as_tensor(data.val.labels).to(device)
     model.eval()
     correct, losses = 0, []
     with torch.inference_mode():
         for x_BHWC, targets in zip(images_BHWC.split(_STATISTICS_BATCH), labels.split(_STATISTICS_BATCH), strict=True):
-            logits = model(_normalised(x_BHWC))
+            logits = model(normalised(x_BHWC))
             correct += int((logits.argmax(1) == targets).sum())
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
     loss = torch.cat(losses).double()
@@ -352,8 +352,8 @@ class _Training:
         n_images = recipe.n_images(len(data.train))
         self.batch_size = min(recipe.batch_size, n_images)
         self.steps_per_epoch = recipe.steps_per_epoch(n_images)
-        self.labels = _as_tensor(data.train.labels[:n_images]).to(device)
-        self.images_of = cache(lambda px: _resized(data.train.images[:n_images], px, device))
+        self.labels = as_tensor(data.train.labels[:n_images]).to(device)
+        self.images_of = cache(lambda px: resized(data.train.images[:n_images], px, device))
         weights = self.supernet.weights
         groups = [
             {"params": [w for key, w in weights.items() if _decays(key)], "weight_decay": recipe.weight_decay},
@@ -378,7 +378,7 @@ class _Training:
         assert self.folder is not None
         if self.ranks.rank == 0:
             note = {"supernet_hash": self.plan.supernet_hash, "steps": self.step}
-            save_tensors(self.folder / WEIGHTS, _portable(self.supernet.weights), note)
+            save_tensors(self.folder / WEIGHTS, portable(self.supernet.weights), note)
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
         self.ranks.wait()
 
@@ -398,7 +398,7 @@ class _Training:
 
         recipe = self.plan.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _learning_rate_factor(self.step, self.plan.steps, recipe.warmup_fraction)
+            group["lr"] = recipe.learning_rate * learning_rate_factor(self.step, self.plan.steps, recipe.warmup_fraction)
         self.compute_gradients()
         touched = [w for w in self.supernet.weights.values() if w.grad is not None]
         self.ranks.sum([w.grad for w in touched if w.grad is not None])
@@ -415,14 +415,14 @@ class _Training:
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.labels))
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-        mine = _as_tensor(batch[self.ranks.rank :: self.ranks.size]).to(self.device)
+        mine = as_tensor(batch[self.ranks.rank :: self.ranks.size]).to(self.device)
         networks = self.networks()
         self.optimizer.zero_grad(set_to_none=True)
         taught: Tensor | None = None
         for arch in networks:
             # The same draws for every network: all look at an image mirrored, or none; shifts differ by how many pixels there are.
             rng = np.random.default_rng([seed, _AUGMENTATION, self.step, self.ranks.rank])
-            x_BCHW = _normalised(_augmented(self.images_of(arch.resolution_px), mine, recipe, rng))
+            x_BCHW = normalised(augmented(self.images_of(arch.resolution_px), mine, recipe, rng))
             logits = self.supernet.logits(arch, x_BCHW)
             if taught is None:
                 loss = F.cross_entropy(logits, self.labels[mine], label_smoothing=recipe.label_smoothing, reduction="sum")
@@ -439,7 +439,7 @@ class _Training:
             for name, value in self.optimizer.state[weight].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         note = {"supernet_hash": self.plan.supernet_hash, "step": self.step}
-        save_tensors(self.folder / CHECKPOINT, _portable(tensors), note)
+        save_tensors(self.folder / CHECKPOINT, portable(tensors), note)
 
     def _resume(self, path: Path) -> None:
         import torch
