@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowsearch import cost
-from lowsearch.arch import Arch, Block, Mlp, StemConv
+from lowsearch.arch import Arch, Block, Mlp
 from lowsearch.errors import TableError
 from lowsearch.latency.block_model import _PENALTIES, BlockModel, Prediction, _Ridge
 from lowsearch.latency.measure import BLOCKS_PER_STEP
@@ -416,23 +416,3 @@ def test_networks_that_stay_in_the_caches_are_told_from_those_that_do_not() -> N
     crowded = np.array([reads(arch)[1] for arch in archs]) * _CONFLICTS > 2 * CORE_BYTES
     assert 0.2 < crowded.mean() < 0.95, "both kinds are here"
     assert np.abs(with_curve / truth_ms - 1).mean() < 0.2 * np.abs(without / truth_ms - 1).mean()
-
-
-def test_a_stem_is_no_slower_than_a_larger_one() -> None:
-    """One that runs by a poor kernel when it is alone does not carry that into networks; the others stay as they were measured."""
-    stems = sorted((block for block in SPACE.blocks if isinstance(block, StemConv)), key=lambda stem: (stem.stride, stem.resolution_px))
-    poor = next(
-        s
-        for s in stems
-        if any(o.stride == s.stride and o.resolution_px > s.resolution_px and o.out_channels == s.out_channels for o in stems)
-    )
-    honest = LatencyPredictor(SPACE, made_table())
-    slow = dataclasses.replace(block_latency(poor), hot_ms=9.0, warm_ms=9.0, cold_ms=9.0)
-    predictor = LatencyPredictor(SPACE, dataclasses.replace(made_table(), entries={**made_table().entries, poor: slow}))
-    larger = min(
-        block_latency(o).hot_ms
-        for o in stems
-        if o.stride == poor.stride and o.out_channels >= poor.out_channels and o.resolution_px >= poor.resolution_px and o != poor
-    )
-    assert predictor.latency(poor).hot_ms == larger and predictor.latency(poor).source == "measured"
-    assert [predictor.latency(s) for s in stems if s != poor] == [honest.latency(s) for s in stems if s != poor]

@@ -30,7 +30,7 @@ from lowsearch.latency.block_model import BlockModel, Prediction
 from lowsearch.latency.measure import BLOCKS_PER_STEP
 from lowsearch.latency.memory import MemoryCurve
 from lowsearch.latency.table import BlockLatency, LatencyTable, Source
-from lowsearch.latency.timing import STATES, NetworkLatency
+from lowsearch.latency.timing import NetworkLatency
 from lowsearch.space import SearchSpace
 
 MIN_NETWORKS = 3
@@ -141,7 +141,6 @@ class LatencyPredictor:
         self._model = BlockModel(table)
         self._traffic = _Traffic(table, space)
         self._predictions: dict[Block, Prediction] = {}
-        self._bounded: dict[StemConv, BlockLatency] = {}
         calibration = table.calibration.get(space.name, ())
         if len(calibration) < MIN_NETWORKS:
             raise TableError(
@@ -211,25 +210,7 @@ class LatencyPredictor:
         """What was measured of `block`, or what its kind's model predicts."""
         self._predict_missing([block])
         measured = self.table.entries.get(block)
-        if measured is None:
-            return self._predictions[block].latency
-        return self._no_slower_than_larger(block, measured) if isinstance(block, StemConv) else measured
-
-    def _no_slower_than_larger(self, stem: StemConv, measured: BlockLatency) -> BlockLatency:
-        """`measured`, bounded by the stems that are at least as large in channels and pixels.
-
-        Three channels fit no layout of a runtime's own. Alone, between two plain tensors, a stem was seen to run six times slower than a
-        larger one (OpenVINO, 128, 192 and 256 px), and not so in front of a network.
-        """
-        if stem not in self._bounded:
-            larger = [
-                row for other, row in self.table.entries.items()
-                if isinstance(other, StemConv) and other.stride == stem.stride
-                and other.out_channels >= stem.out_channels and other.resolution_px >= stem.resolution_px
-            ]  # fmt: skip
-            times = {f"{state}_ms": min(getattr(row, f"{state}_ms") for row in larger) for state in STATES}
-            self._bounded[stem] = BlockLatency(**times, source=measured.source)
-        return self._bounded[stem]
+        return self._predictions[block].latency if measured is None else measured
 
     @cached_property
     def _score(self):
