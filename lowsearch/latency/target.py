@@ -132,8 +132,10 @@ class Context:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What decides whether two measurements may be compared: the device, the versions that execute, and who measured it."""
+        """What decides whether two measurements may be compared: the device, the versions that execute, the layout of tensors, and who
+        measured it."""
         executing = {name: version for name, version in self.versions.items() if name != "lowsearch"}
+        executing |= {name: str(option) for name, option in self.runtime_options.items() if name == "memory_format"}
         shipped = {"origin": self.origin} if self.origin else {}
         return {"device_name": self.device_name, "device_detail": self.device_detail, "driver": self.driver, **executing, **shipped}
 
