@@ -10,6 +10,14 @@ import pytest
 from lowsearch import locations
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> None:
+    """On one thread trainings are the same bit for bit, and several test processes share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def only_own_tables() -> Iterator[None]:
     """No latency table of the checkout is seen: neither what a demo measured there, nor what it ships."""

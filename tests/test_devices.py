@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from tiny_fakes import fakes
 
 from lowsearch import cli
 from lowsearch.errors import DeviceError, StudyError, TableError, UsageError
@@ -37,13 +36,6 @@ from lowsearch.search.sharing import regrets
 from lowsearch.search.storage import open_study
 
 TESTS = Path(__file__).parent
-with mock.patch.dict(os.environ, {"FAKE_SPACE": str(TESTS / "tiny_space.yaml")}):
-    _spec = importlib.util.spec_from_file_location("devices_study_fakes", TESTS / "study_fakes.py")
-    assert _spec and _spec.loader
-    fakes = importlib.util.module_from_spec(_spec)
-    sys.modules["devices_study_fakes"] = fakes
-    _spec.loader.exec_module(fakes)
-
 TINY = fakes.SPACE
 MODELS = {"here": fakes.FakeLatency(), "there": fakes.OtherLatency()}
 MACS = ProxyAccuracy(TINY, "macs")

@@ -14,13 +14,13 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import fake_tasks
 import numpy as np
 import optuna
 import pytest
 import torch
+from tiny_fakes import fakes
 
 from lowsearch.accuracy.ladder import Ladder
 from lowsearch.arch import Arch, Stage, Stem
@@ -37,11 +37,6 @@ from lowsearch.search.worker import Plan, SearchWorker
 from lowsearch.train import Recipe
 
 TINY_SPACE = {"FAKE_SPACE": str(Path(__file__).with_name("tiny_space.yaml"))}  # Few genes, so few commits for every trial.
-with mock.patch.dict(os.environ, TINY_SPACE):
-    _spec = importlib.util.spec_from_file_location("tiny_study_fakes_of_engines", Path(__file__).with_name("study_fakes.py"))
-    assert _spec and _spec.loader
-    fakes = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(fakes)
 SPACE, Death, Interrupting, search = fakes.SPACE, fakes.Death, fakes.Interrupting, fakes.search
 
 N_FAMILY = len(SPACE.family)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 import re
-import sys
 import threading
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
+from tiny_fakes import fakes
 
 from lowsearch import cost
 from lowsearch.errors import StudyError
@@ -26,13 +23,6 @@ from lowsearch.search.worker import SearchWorker
 from lowsearch.space import SearchSpace, _slots
 
 TESTS = Path(__file__).parent
-with mock.patch.dict(os.environ, {"FAKE_SPACE": str(TESTS / "tiny_space.yaml")}):
-    _spec = importlib.util.spec_from_file_location("tiny_study_fakes", TESTS / "study_fakes.py")
-    assert _spec and _spec.loader
-    fakes = importlib.util.module_from_spec(_spec)
-    sys.modules["tiny_study_fakes"] = fakes
-    _spec.loader.exec_module(fakes)
-
 TINY, MICRO = fakes.SPACE, SearchSpace.load("lowformer-micro")
 TINY_ESTIMATOR = Estimator(TINY, fakes.FakeLatency())
 LIMITS = parse_limits(maxima=["latency_ms=0.18"], minima=["params=120000"])

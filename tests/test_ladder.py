@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from few_images import few_images
 
 from lowsearch.accuracy.ladder import Ladder
 from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.arch import Arch, Stage, Stem
-from lowsearch.data import ImageData, load_data
+from lowsearch.data import ImageData
 from lowsearch.errors import UsageError
 from lowsearch.train import Recipe, train
 
@@ -24,18 +25,12 @@ ARCH = Arch(
     resolution_px=32, stem=Stem(width=4), stages=(Stage(width=8, down_expansion=2),) * 4, head_widths=(16, 16), num_classes=10  # pyright: ignore[reportArgumentType]
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    data = load_data("fashion-mnist-mini")
-    return dataclasses.replace(
-        data, train=data.train.take(np.arange(96)), val=data.val.take(np.arange(60)), test=data.test.take(np.arange(10))
-    )
+    return few_images(train=96, val=60, test=10)
 
 
 def losses(record: AccuracyRecord) -> list[tuple[float, float, float]]:

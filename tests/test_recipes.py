@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from few_images import few_images
 from safetensors.torch import save_file
 from test_train import SMALL, TrainingCuda, assert_same, network
 
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.cli import invoke
-from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, load_data
+from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData
 from lowsearch.errors import CheckpointError, StudyError, UsageError
 from lowsearch.model.blocks import randomise
 from lowsearch.model.lowformer import build_model
@@ -37,17 +38,12 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 PLAIN = Recipe(name="plain", epochs=1, train_images=96, batch_size=24, flip=False, shift=0.0)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    data = load_data("fashion-mnist-mini")
-    take = {name: getattr(data, name).take(np.arange(n)) for name, n in (("train", 96), ("val", 50), ("test", 50))}
-    return dataclasses.replace(data, **take)
+    return few_images(train=96, val=50, test=50)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from few_images import few_images
 from torch import Tensor
 
 from lowsearch import cli, cost
@@ -67,18 +68,12 @@ head_widths: [[16, 16], [32, 16]]
 BRIEF = Recipe(name="brief", epochs=1, train_images=96, batch_size=16, learning_rate=2e-3)
 STEPS = 6
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    data = load_data("fashion-mnist-mini")
-    return dataclasses.replace(
-        data, **{name: getattr(data, name).take(np.arange(n)) for name, n in (("train", 1500), ("val", 500), ("test", 20))}
-    )
+    return few_images(train=1500, val=500, test=20)
 
 
 @pytest.fixture(scope="module")

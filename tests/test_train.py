@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from few_images import few_images
 from PIL import Image
 
 from lowsearch.arch import Arch, Attention, Stage, Stem
-from lowsearch.data import ImageData, Split, load_data
+from lowsearch.data import ImageData, Split
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.model.lowformer import build_model
 from lowsearch.train import RECIPES, Recipe, TrainResult, evaluate, recipe, train
@@ -51,17 +52,12 @@ BRIEF = Recipe(
 """Eight steps, with everything that draws at random or carries state."""
 STEPS = 8
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    data = load_data("fashion-mnist-mini")
-    take = {name: getattr(data, name).take(np.arange(n)) for name, n in (("train", 1500), ("val", 200), ("test", 100))}
-    return dataclasses.replace(data, **take)
+    return few_images(train=1500, val=200, test=100)
 
 
 @pytest.fixture(scope="module")
