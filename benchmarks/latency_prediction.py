@@ -78,8 +78,13 @@ def main() -> None:
     here = current_context(target, device)
     check_fits(table, target, here)
 
+    command = (
+        f"python benchmarks/latency_prediction.py --space {space.name} --device {arguments.device} --runtime {target.runtime} "
+        f"--networks {arguments.networks} --processes {arguments.processes} --seed {arguments.seed}"
+    )
     if arguments.recompute:
         stored = json.loads(path.read_text())
+        command = stored["command"]
         context, seconds = stored["context"], stored["measuring_s"]
         rows, anchors = ([_network(values) for values in stored[name]] for name in ("networks", "anchors"))
     else:
@@ -110,8 +115,7 @@ def main() -> None:
         values["table_ms"] = then_ms[row.arch]
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "command": f"python benchmarks/latency_prediction.py --space {space.name} --device {arguments.device} "
-        f"--runtime {target.runtime} --networks {len(rows)} --seed {arguments.seed}",
+        "command": command,
         "space": space.name, "target": dataclasses.asdict(target), "context": context, "measuring_s": seconds, "goals": goals,
         "goals_met": met, **result, "anchors": again, "networks": networks,
     }  # fmt: skip
