@@ -36,9 +36,10 @@ from scipy import stats
 from lowsearch.accuracy.ladder import Ladder
 from lowsearch.data import load_data
 from lowsearch.files import write_atomically
-from lowsearch.search import assembly, pareto
-from lowsearch.search.finalists import FINAL_SEED_STREAM
+from lowsearch.search import pareto
 from lowsearch.space import SearchSpace
+from lowsearch.study import assembly
+from lowsearch.study.finalists import FINAL_SEED_STREAM
 from lowsearch.train import recipe
 
 RESULTS = Path(__file__).parent / "results" / "front_quality.json"

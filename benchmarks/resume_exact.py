@@ -37,7 +37,7 @@ def advance(folder: Path, sampler: str, trials: int) -> list[Any]:
     import study_fakes as fakes
 
     from lowsearch.search.objectives import parse_limits
-    from lowsearch.search.settings import StudySettings
+    from lowsearch.study.settings import StudySettings
 
     limits = parse_limits(**TINY_LIMITS) if sampler == "exhaustive" else ()
     found = fakes.search(folder, StudySettings(sampler=sampler, trials=trials, workers=1, limits=limits))

@@ -31,14 +31,14 @@ import optuna
 from kill_resume import prepare
 from optuna.trial import TrialState
 
-from lowsearch.search.database import PASSWORD
-from lowsearch.search.leases import LEASE_S, WORKER
 from lowsearch.search.objectives import parse_objectives
 from lowsearch.search.sampler import suggest_genome
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import Candidate, candidates, crew_of, open_study, running
-from lowsearch.search.study import write_study_file
 from lowsearch.space import SearchSpace
+from lowsearch.study.run import write_study_file
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import Candidate, candidates, crew_of, open_study, running
+from lowsearch.study.workers.database import PASSWORD
+from lowsearch.study.workers.leases import LEASE_S, WORKER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import postgres_server

@@ -501,8 +501,8 @@ def run(
     from lowsearch.report.page import build_report
     from lowsearch.report.study_files import read_study
     from lowsearch.search.objectives import parse_limits
-    from lowsearch.search.settings import StudySettings, stored_settings
-    from lowsearch.search.study import run as run_study
+    from lowsearch.study.run import run as run_study
+    from lowsearch.study.settings import StudySettings, stored_settings
 
     folder = locations.new("studies") / _study_name(objective if study is None else study)
     asked: dict[str, Any] = {
@@ -552,7 +552,7 @@ def worker(
     ] = None,
 ) -> None:
     """Train for a study that is being run, from another machine that shares its folder. Ends with its search."""
-    from lowsearch.search.joining import join
+    from lowsearch.study.workers.joining import join
 
     folder = _study_folder(study)
     with _progress() as progress:
@@ -649,7 +649,7 @@ def merge_studies(
 ) -> None:
     """Two searches of one space, data set, recipe and target as one study that can go on; anything else is refused."""
     from lowsearch import locations
-    from lowsearch.search.merging import merge
+    from lowsearch.study.merging import merge
 
     into = locations.new("studies") / _study_name(study)
     counts = merge(_study_folder(first), _study_folder(second), into)
@@ -674,9 +674,9 @@ def explain(
     as_json: JsonFlag = False,
 ) -> None:
     """Where a network's time goes, and what every single change of it would do to latency, MACs, params and accuracy."""
-    from lowsearch.search import knowledge
-    from lowsearch.search.explain import explain as take_apart
     from lowsearch.space import SearchSpace
+    from lowsearch.study import knowledge
+    from lowsearch.study.explain import explain as take_apart
 
     if study is not None:
         typed = [name for name in ("device", "runtime", "space", "precision", "batch", "threads") if _was_typed(context, name)]
@@ -726,8 +726,8 @@ def refine(
     as_json: JsonFlag = False,
 ) -> None:
     """Networks one or two changes away that are faster at equal estimated score, or better at equal latency, beyond the uncertainty."""
-    from lowsearch.search import knowledge, refinement
-    from lowsearch.search.worker import Plan
+    from lowsearch.study import knowledge, refinement
+    from lowsearch.study.workers.worker import Plan
 
     folder = _study_folder(study)
     plan, known = Plan.read(folder), knowledge.of_study(folder)
@@ -766,7 +766,7 @@ def _network_in(space: Any, name: str, study: str) -> Any:
 
 
 def _change_row(change: Any, score_source: str) -> dict[str, Any]:
-    """The row of a table for one `lowsearch.search.explain.Change`."""
+    """The row of a table for one `lowsearch.study.explain.Change`."""
     row = {
         "change": ", ".join(map(str, change.steps)), "latency_ms": change.latency_ms, "±": change.latency_std_ms,
         "latency %": round(100 * change.latency_share, 1), "MACs %": round(100 * change.macs_share, 1),
@@ -808,7 +808,7 @@ def train(
     import dataclasses
 
     from lowsearch.data import load_data
-    from lowsearch.search.assembly import schedule_of_study
+    from lowsearch.study.assembly import schedule_of_study
     from lowsearch.train import recipe as recipe_named
     from lowsearch.train import require_trainable
     from lowsearch.train.full import train_fully
@@ -1076,7 +1076,7 @@ def trust(
     as_json: JsonFlag = False,
 ) -> int:
     """Examine a study's accuracy predictor on networks it never saw, trained for that. Resumes; exit code 1 where it is not trusted."""
-    from lowsearch.search.trust import trust as examine
+    from lowsearch.study.trust import trust as examine
 
     folder = _study_folder(study)
     with _progress() as progress:
@@ -1143,7 +1143,7 @@ def _without_password(url: str | None) -> str | None:
     """The url of a storage as it may be stored; its password goes where this process and its workers read it."""
     if url is None:
         return None
-    from lowsearch.search.database import PASSWORD, split_password
+    from lowsearch.study.workers.database import PASSWORD, split_password
 
     bare, password = split_password(url)
     if password is not None:

@@ -27,17 +27,17 @@ from filelock import FileLock
 
 from lowsearch import cost
 from lowsearch.arch import Arch, Block
-from lowsearch.search import leases, process
-from lowsearch.search import study as studies
-from lowsearch.search import worker as workers
 from lowsearch.search.devices import Fleet, fit_scales, scales_from
-from lowsearch.search.joining import join
-from lowsearch.search.parts import FinalScore, Parts, ProxyAccuracy
-from lowsearch.search.settings import StudySettings, read_study_file
-from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
-from lowsearch.search.study import Backend, run
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
+from lowsearch.study import run as studies
+from lowsearch.study.parts import FinalScore, Parts, ProxyAccuracy
+from lowsearch.study.run import Backend, run
+from lowsearch.study.settings import StudySettings, read_study_file
+from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
+from lowsearch.study.workers import leases, process
+from lowsearch.study.workers import worker as workers
+from lowsearch.study.workers.joining import join
 from lowsearch.train import Order
 
 SPACE = SearchSpace.load(os.environ.get("FAKE_SPACE", "lowformer-micro"))

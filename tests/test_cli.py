@@ -240,8 +240,8 @@ def test_malformed_npz_files_are_refused(arrays: dict[str, np.ndarray], capsys: 
 
 
 def test_a_study_goes_on_with_its_own_settings_and_only_typed_flags_are_asked_anew(capsys: pytest.CaptureFixture[str]) -> None:
-    from lowsearch.search.settings import SCHEMA, VERSION, StudySettings
-    from lowsearch.search.study import write_study_file
+    from lowsearch.study.run import write_study_file
+    from lowsearch.study.settings import SCHEMA, VERSION, StudySettings
 
     made = StudySettings(device="rtx3090", runtime="eager", accuracy="macs", seed=7, trials=3)
     Path("studies/mine").mkdir(parents=True)

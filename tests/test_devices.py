@@ -23,17 +23,18 @@ from lowsearch.report.sections import body
 from lowsearch.report.study_files import read_study
 from lowsearch.report.study_tools import export
 from lowsearch.report.tables import shared_fronts
-from lowsearch.search import study as studies
-from lowsearch.search.assembly import build_parts, prepare, resolve
 from lowsearch.search.devices import Fleet, Scale, device_labels, fit_scales, scales_from
 from lowsearch.search.estimates import Estimator, at_confidence, excess
-from lowsearch.search.knowledge import of_study
 from lowsearch.search.objectives import parse_limits, parse_objectives
-from lowsearch.search.parts import ProxyAccuracy
 from lowsearch.search.sampler import Evolution, LowSearchSampler
-from lowsearch.search.settings import StudySettings, check_resumable, read_study_file
-from lowsearch.search.sharing import regrets
-from lowsearch.search.storage import open_study
+from lowsearch.space import SearchSpace
+from lowsearch.study import run as studies
+from lowsearch.study.assembly import build_parts, prepare, resolve
+from lowsearch.study.knowledge import of_study
+from lowsearch.study.parts import ProxyAccuracy
+from lowsearch.study.settings import StudySettings, check_resumable, read_study_file
+from lowsearch.study.sharing import regrets
+from lowsearch.study.storage import open_study
 
 TESTS = Path(__file__).parent
 TINY = fakes.SPACE
@@ -345,6 +346,15 @@ def test_a_missing_table_and_an_attached_device_that_is_not_first_are_told_befor
         prepare(tmp_path / "study", resolve(StudySettings(device=f"{OFFICE},cpu", runtime="openvino", accuracy="macs")), None)
 
 
+def test_what_a_run_left_that_ended_before_its_study_was_made_says_nothing(tables, home):
+    folder = home / "begun"
+    prepare(folder, resolve(StudySettings(device=f"{OFFICE},{LAB}", accuracy="macs")), None)
+    prepare(folder, resolve(StudySettings(device=LAB, space="lowformer", accuracy="macs")), None)
+    assert SearchSpace.load(folder / "space.yaml").name == "lowformer"
+    assert [path.name for path in folder.glob("latency_table*")] == ["latency_table.jsonl"]
+    assert LatencyTable.load(folder / "latency_table.jsonl").target.device == LAB
+
+
 def test_two_shipped_tables_make_a_study_of_two_devices(tables, home):
     folder, settings = home / "both", resolve(StudySettings(device=f"{OFFICE},{LAB}", accuracy="macs", trials=1))
     prepare(folder, settings, None)
@@ -364,7 +374,7 @@ def test_two_shipped_tables_make_a_study_of_two_devices(tables, home):
 def test_the_command_line_tells_what_sharing_costs(finished, tmp_path, monkeypatch, capsys):
     folder, result = finished
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lowsearch.search.study.run", lambda settings, folder, progress: result)
+    monkeypatch.setattr("lowsearch.study.run.run", lambda settings, folder, progress: result)
     shutil.copytree(folder, tmp_path / "studies" / "both")
     assert cli.invoke(["run", "--study", "both", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -379,7 +389,7 @@ def test_the_command_line_tells_what_sharing_costs(finished, tmp_path, monkeypat
 def test_flags_of_several_devices_reach_the_settings(tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lowsearch.search.study.run", lambda settings, folder, progress: asked.append(settings) or exit())
+    monkeypatch.setattr("lowsearch.study.run.run", lambda settings, folder, progress: asked.append(settings) or exit())
     flags = ["--device", "a", "--device", "b", "--runtime", "x", "--runtime", "y", "--max", "latency_ms@b=3", "--threads", "2"]
     with pytest.raises(SystemExit):
         cli.invoke(["run", *flags])

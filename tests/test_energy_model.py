@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import made_knowledge
 import numpy as np
 import pytest
 
@@ -18,17 +18,12 @@ from lowsearch.latency.energy_model import MIN_COUNTED, counted_networks, fit_en
 from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.table import LatencyTable
 from lowsearch.latency.target import Device, Target
-from lowsearch.search import assembly
 from lowsearch.search.estimates import Estimator
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import LowSearchSampler
-from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
-
-_spec = importlib.util.spec_from_file_location("made_knowledge", Path(__file__).with_name("made_knowledge.py"))
-assert _spec and _spec.loader
-made_knowledge = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(made_knowledge)
+from lowsearch.study import assembly
+from lowsearch.study.settings import StudySettings
 
 SPACE = SearchSpace.load("lowformer-micro")
 PLAIN: LatencyTable = made_knowledge.table_of(SPACE)

@@ -27,13 +27,14 @@ from lowsearch.arch import Arch, Stage, Stem
 from lowsearch.cli import invoke
 from lowsearch.data import load_data
 from lowsearch.errors import StudyError, UsageError
-from lowsearch.search import assembly, process
-from lowsearch.search.conductor import KNOWS, Conductor
-from lowsearch.search.engines import DiedError, Job, check_engine, require_engine
-from lowsearch.search.finalists import train_planned
-from lowsearch.search.settings import StudySettings, check_resumable
-from lowsearch.search.storage import candidates, open_study
-from lowsearch.search.worker import Plan, SearchWorker
+from lowsearch.study import assembly
+from lowsearch.study.finalists import train_planned
+from lowsearch.study.settings import StudySettings, check_resumable
+from lowsearch.study.storage import candidates, open_study
+from lowsearch.study.workers import process
+from lowsearch.study.workers.conductor import KNOWS, Conductor
+from lowsearch.study.workers.engines import DiedError, Job, check_engine, require_engine
+from lowsearch.study.workers.worker import Plan, SearchWorker
 from lowsearch.train import Recipe
 
 TINY_SPACE = {"FAKE_SPACE": str(Path(__file__).with_name("tiny_space.yaml"))}  # Few genes, so few commits for every trial.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_knowledge import records_of, table_of
 
 from lowsearch import cli, cost
 from lowsearch.accuracy.gaussian import GaussianProcess, Points
@@ -19,19 +19,13 @@ from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.arch import Arch
 from lowsearch.errors import NotInSpaceError, StudyError, TableError
 from lowsearch.latency.predictor import LatencyPredictor
-from lowsearch.search import knowledge, refinement
-from lowsearch.search.explain import Change, explain
-from lowsearch.search.knowledge import Knowledge
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.parts import ProxyAccuracy
-from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
-
-_spec = importlib.util.spec_from_file_location("made_knowledge", Path(__file__).with_name("made_knowledge.py"))
-assert _spec and _spec.loader
-made = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(made)
-table_of, records_of = made.table_of, made.records_of
+from lowsearch.study import knowledge, refinement
+from lowsearch.study.explain import Change, explain
+from lowsearch.study.knowledge import Knowledge
+from lowsearch.study.parts import ProxyAccuracy
+from lowsearch.study.settings import StudySettings
 
 MICRO = SearchSpace.load("lowformer-micro")
 TINY = SearchSpace.load(Path(__file__).with_name("tiny_space.yaml"))

@@ -14,13 +14,13 @@ from tiny_fakes import fakes
 from lowsearch import cost
 from lowsearch.errors import StudyError
 from lowsearch.search import feasible
-from lowsearch.search import study as studies
 from lowsearch.search.estimates import Estimator, excess
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import candidates, enqueue, is_exhausted, open_study, reclaim
-from lowsearch.search.worker import SearchWorker
 from lowsearch.space import SearchSpace, _slots
+from lowsearch.study import run as studies
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import candidates, enqueue, is_exhausted, open_study, reclaim
+from lowsearch.study.workers.worker import SearchWorker
 
 TESTS = Path(__file__).parent
 TINY, MICRO = fakes.SPACE, SearchSpace.load("lowformer-micro")

@@ -14,7 +14,8 @@ import study_fakes as fakes
 
 from lowsearch.arch import Arch
 from lowsearch.search import pareto
-from lowsearch.search.finalists import (
+from lowsearch.search.objectives import parse_limits
+from lowsearch.study.finalists import (
     MAX_PROPOSALS,
     MIN_PROPOSALS,
     FinalPlan,
@@ -24,10 +25,9 @@ from lowsearch.search.finalists import (
     trainings_done,
     write_finals,
 )
-from lowsearch.search.objectives import parse_limits
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.shortlist import MAX_SHORTLISTED, Measurement, Measurements, _draws, measure, shortlist, write_shortlist
-from lowsearch.search.storage import Candidate
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.shortlist import MAX_SHORTLISTED, Measurement, Measurements, _draws, measure, shortlist, write_shortlist
+from lowsearch.study.storage import Candidate
 
 SPACE = fakes.SPACE
 SETTINGS = StudySettings(workers=1)

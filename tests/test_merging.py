@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import sys
 import threading
 from pathlib import Path
-from unittest import mock
 
+import made_knowledge as made
 import numpy as np
 import pytest
 import yaml
+from tiny_fakes import fakes
 
 from lowsearch import cli
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
 from lowsearch.latency.predictor import LatencyPredictor
-from lowsearch.search import study as studies
-from lowsearch.search.merging import merge
-from lowsearch.search.settings import StudySettings, stored_settings
-from lowsearch.search.storage import candidates, enqueue, open_study
-from lowsearch.search.worker import SearchWorker
+from lowsearch.study import run as studies
+from lowsearch.study.merging import merge
+from lowsearch.study.settings import StudySettings, stored_settings
+from lowsearch.study.storage import candidates, enqueue, open_study
+from lowsearch.study.workers.worker import SearchWorker
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"merged_{name}", TESTS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-TESTS = Path(__file__).parent
-TINY = {"FAKE_SPACE": str(TESTS / "tiny_space.yaml")}
-with mock.patch.dict(os.environ, TINY):
-    made, fakes = load("made_knowledge"), load("study_fakes")
+TINY_SPACE = Path(__file__).with_name("tiny_space.yaml")
 SPACE = fakes.SPACE
 RECORDS = made.records_of(SPACE, 12)
 
@@ -86,7 +71,7 @@ def test_a_merger_holds_what_either_scored_once_with_latencies_of_one_table(pair
 
 
 def test_a_merged_study_goes_on_and_does_not_propose_what_either_tried(pair, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_SPACE", TINY["FAKE_SPACE"])
+    monkeypatch.setenv("FAKE_SPACE", str(TINY_SPACE))
     merge(*pair, tmp_path / "both")
     (tmp_path / "both" / "records.jsonl").unlink()  # The fakes read others.
     settings = stored_settings(tmp_path / "both")
@@ -136,7 +121,7 @@ def test_other_images_recipes_and_spaces_do_not_merge(pair, tmp_path):
 def test_a_study_that_is_being_run_is_not_merged_and_a_failed_merger_leaves_nothing(pair, tmp_path, monkeypatch):
     with studies.locked(pair[1]), pytest.raises(StudyError, match="is being run"):
         merge(*pair, tmp_path / "both")
-    monkeypatch.setattr("lowsearch.search.merging.of_study", lambda *_: 1 / 0)
+    monkeypatch.setattr("lowsearch.study.merging.of_study", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge(*pair, tmp_path / "both")
     assert not (tmp_path / "both").exists()

@@ -11,9 +11,9 @@ from lowsearch.accuracy.prior import PublishedPrior, Trend, features_of, leave_o
 from lowsearch.errors import StudyError
 from lowsearch.presets import PRESETS
 from lowsearch.published import TOP1_PERCENT, TOP1_PERCENT_AT
-from lowsearch.search.assembly import resolve
-from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
+from lowsearch.study.assembly import resolve
+from lowsearch.study.settings import StudySettings
 
 SPACE = SearchSpace.load("lowformer")
 

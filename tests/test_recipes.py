@@ -26,8 +26,8 @@ from lowsearch.errors import CheckpointError, StudyError, UsageError
 from lowsearch.model.blocks import randomise
 from lowsearch.model.lowformer import build_model
 from lowsearch.model.teacher import Teacher
-from lowsearch.search.assembly import prepare, schedule_of_study
-from lowsearch.search.settings import StudySettings
+from lowsearch.study.assembly import prepare, schedule_of_study
+from lowsearch.study.settings import StudySettings
 from lowsearch.train import RECIPES, Recipe, TrainResult, check_recipe, recipe, train
 from lowsearch.train.augment import Augmentation, drawing_from
 from lowsearch.train.engine import _distillation, _loss, _Run
@@ -405,7 +405,7 @@ def test_study_keeps_the_recipe_that_it_began_with(tmp_path: Path, monkeypatch: 
     file = tmp_path / "mine.yaml"
     file.write_text("base: micro\nepochs: 2\n")
     settings = StudySettings(recipe="mine.yaml,mixup=0.2", data="fashion-mnist-mini", device="cpu", runtime="onnxruntime")
-    monkeypatch.setattr("lowsearch.search.assembly.usable_table", lambda *_, **__: (_ for _ in ()).throw(StudyError("stop here")))
+    monkeypatch.setattr("lowsearch.study.assembly.usable_table", lambda *_, **__: (_ for _ in ()).throw(StudyError("stop here")))
     folder = tmp_path / "study"
     folder.mkdir()
     with pytest.raises(StudyError, match="stop here"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import json
 import os
@@ -14,10 +13,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import optuna
+import postgres_server
 import pytest
+import study_fakes as fakes
 import yaml
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
@@ -27,25 +27,15 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from lowsearch.cli import invoke
 from lowsearch.errors import StudyError, UsageError
-from lowsearch.search import leases, merging
-from lowsearch.search import study as studies
-from lowsearch.search.database import PASSWORD, Patience, PatientStorage, connect, split_password
-from lowsearch.search.joining import join
-from lowsearch.search.leases import Watch
-from lowsearch.search.settings import StudySettings, check_resumable
-from lowsearch.search.storage import candidates, crew_of, enqueue, open_study, reclaim, set_search_open
+from lowsearch.study import merging
+from lowsearch.study import run as studies
+from lowsearch.study.settings import StudySettings, check_resumable
+from lowsearch.study.storage import candidates, crew_of, enqueue, open_study, reclaim, set_search_open
+from lowsearch.study.workers import leases
+from lowsearch.study.workers.database import PASSWORD, Patience, PatientStorage, connect, split_password
+from lowsearch.study.workers.joining import join
+from lowsearch.study.workers.leases import Watch
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fakes, postgres_server = _load("study_fakes"), _load("postgres_server")
 SPACE = fakes.SPACE
 N_FAMILY = len(SPACE.family)
 NO_SERVER = postgres_server.missing()
@@ -253,7 +243,7 @@ def test_a_search_on_a_database_that_fails_again_and_again_loses_nothing(tmp_pat
         inner = _CachedStorage(RDBStorage(f"sqlite:///{path / 'study.db'}"))
         return PatientStorage(Flaky(inner, 7, after), Patience("db", sleep=lambda _: None))
 
-    monkeypatch.setattr("lowsearch.search.storage._file_storage", flaky)
+    monkeypatch.setattr("lowsearch.study.storage._file_storage", flaky)
     found = fakes.search(folder, settings)
     if not after:
         assert essence(found) == undisturbed
@@ -363,7 +353,7 @@ def test_a_run_that_is_making_ready_is_waited_for(tmp_path, monkeypatch):
     set_search_open(study, False)
     states = iter([False, False, True, True, False])
     heard = []
-    monkeypatch.setattr("lowsearch.search.joining.time.sleep", lambda _: set_search_open(study, next(states)))
+    monkeypatch.setattr("lowsearch.study.workers.joining.time.sleep", lambda _: set_search_open(study, next(states)))
     with studies.locked(folder):
         assert studies.is_run(folder)
         assert join(folder, workers=1, backend=fakes.backend(), progress=lambda *event: heard.append(event[2].split()[0])) == 0

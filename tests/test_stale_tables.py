@@ -22,10 +22,10 @@ from lowsearch.latency.target import Target, attached_devices, resolve_target
 from lowsearch.latency.timing import Timing
 from lowsearch.report.sections import body
 from lowsearch.report.study_files import read_study
-from lowsearch.search.assembly import build_parts, prepare
-from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
-from lowsearch.search.study import _opened
 from lowsearch.space import SearchSpace
+from lowsearch.study.assembly import build_parts, prepare
+from lowsearch.study.run import _opened
+from lowsearch.study.settings import StudySettings, check_resumable, stored_settings
 
 CPU = attached_devices()[0].slug
 SETTINGS = {"device": CPU, "accuracy": "macs", "trials": 1}
@@ -103,7 +103,7 @@ def test_a_search_measures_a_machine_whose_name_has_a_shipped_table(
         profiled.append(space)
         return profile(space, target, max_blocks=150, launch=launch)
 
-    monkeypatch.setattr("lowsearch.search.assembly.profile", measured)
+    monkeypatch.setattr("lowsearch.study.assembly.profile", measured)
     allowed = StudySettings(**SETTINGS, allow_stale=True)
     prepare(study, allowed, None)
     assert not profiled and "it came with lowsearch" in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import itertools
 import json
 import os
@@ -11,33 +10,26 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+import study_fakes as fakes
 
 from lowsearch import footprint
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report.study_files import read_study
-from lowsearch.search import refinement
-from lowsearch.search import study as studies
-from lowsearch.search.explain import Change
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.outputs import StudyFiles
 from lowsearch.search.promotion import slice_edges, standing
-from lowsearch.search.refinement import Lead
-from lowsearch.search.settings import StudySettings, check_resumable, stored_settings
-from lowsearch.search.storage import candidates, n_proposals, open_study
-from lowsearch.search.study import Clock, run
-from lowsearch.search.worker import Plan
-
-FAKES = Path(__file__).with_name("study_fakes.py")
-_spec = importlib.util.spec_from_file_location("study_fakes", FAKES)
-assert _spec and _spec.loader
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules["study_fakes"] = fakes
-_spec.loader.exec_module(fakes)
+from lowsearch.study import refinement
+from lowsearch.study import run as studies
+from lowsearch.study.explain import Change
+from lowsearch.study.outputs import StudyFiles
+from lowsearch.study.refinement import Lead
+from lowsearch.study.run import Clock, run
+from lowsearch.study.settings import StudySettings, check_resumable, stored_settings
+from lowsearch.study.storage import candidates, n_proposals, open_study
+from lowsearch.study.workers.worker import Plan
 
 SPACE, Death, Interrupting, essence, search = fakes.SPACE, fakes.Death, fakes.Interrupting, fakes.essence, fakes.search
 FAMILY = [arch.arch_id for arch in SPACE.family.values()]
@@ -182,7 +174,7 @@ def test_a_repeated_network_is_pruned_with_its_reason(tmp_path):
 
 
 def test_a_sampler_that_only_repeats_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowsearch.search.worker.MAX_PRUNED_IN_A_ROW", 3)
+    monkeypatch.setattr("lowsearch.study.workers.worker.MAX_PRUNED_IN_A_ROW", 3)
     monkeypatch.setattr(optuna.samplers.TPESampler, "sample_independent", lambda *_: 0)
     with pytest.raises(StudyError, match="3 proposals of sampler 'tpe' in a row"):
         search(tmp_path / "study", StudySettings(trials=4, workers=1, sampler="tpe"))
@@ -293,7 +285,7 @@ def start(folder, *, step_s=0.0, **settings):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
-            [sys.executable, FAKES, "run", folder, json.dumps(settings)], env=env, stderr=subprocess.PIPE, start_new_session=True
+            [sys.executable, fakes.__file__, "run", folder, json.dumps(settings)], env=env, stderr=subprocess.PIPE, start_new_session=True
         )
     finally:
         signal.signal(signal.SIGINT, before)

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import itertools
 import json
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import study_fakes as fakes
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement
 from lowsearch.errors import StudyError
 from lowsearch.report import sections
 from lowsearch.report.study_files import read_study
-from lowsearch.search import study as studies
-from lowsearch.search.gate import MIN_NETWORKS, SteeringGate, clearly_fails, forecast_agreement, why_steering_ended
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.parts import Parts
 from lowsearch.search.sampler import LowSearchSampler, Proposal
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import candidates, enqueue, open_study, reclaim
-from lowsearch.search.trust import BETWEEN_SEEDS, PREDICTOR, Signal, Trust, ceiling_of, trust, verdict_of
-from lowsearch.search.worker import SearchWorker
-
-_spec = importlib.util.spec_from_file_location("study_fakes", Path(__file__).with_name("study_fakes.py"))
-assert _spec and _spec.loader
-fakes = sys.modules.get("study_fakes") or importlib.util.module_from_spec(_spec)
-if "study_fakes" not in sys.modules:
-    sys.modules["study_fakes"] = fakes
-    _spec.loader.exec_module(fakes)
+from lowsearch.study import run as studies
+from lowsearch.study.gate import MIN_NETWORKS, SteeringGate, clearly_fails, forecast_agreement, why_steering_ended
+from lowsearch.study.parts import Parts
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
+from lowsearch.study.trust import BETWEEN_SEEDS, PREDICTOR, Signal, Trust, ceiling_of, trust, verdict_of
+from lowsearch.study.workers.worker import SearchWorker
 
 SPACE = fakes.SPACE
 
@@ -266,7 +258,7 @@ def test_nothing_is_judged_before_there_are_enough_networks() -> None:
 
 
 def test_a_search_whose_predictor_fails_goes_on_at_random_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowsearch.search.gate.HOPELESS", 0.7)  # A dozen random forecasts are seldom proven to be below 0.2.
+    monkeypatch.setattr("lowsearch.study.gate.HOPELESS", 0.7)  # A dozen random forecasts are seldom proven to be below 0.2.
     monkeypatch.setattr(LowSearchSampler, "proposal", quick_proposal)
     folder = tmp_path / "study"
     found = search(folder, StudySettings(trials=30, workers=1, seed=1), lie=True)

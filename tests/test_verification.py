@@ -15,12 +15,7 @@ import study_fakes as fakes
 from lowsearch.errors import StudyError
 from lowsearch.latency.target import Device
 from lowsearch.report.study_files import read_study
-from lowsearch.search import assembly
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.outputs import StudyFiles
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import enqueue, n_proposals, open_study
-from lowsearch.search.study import run
 from lowsearch.search.verification import (
     BAND,
     N_ANCHORS,
@@ -32,6 +27,11 @@ from lowsearch.search.verification import (
     is_near_limit,
     verify,
 )
+from lowsearch.study import assembly
+from lowsearch.study.outputs import StudyFiles
+from lowsearch.study.run import run
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import enqueue, n_proposals, open_study
 
 SPACE = fakes.SPACE
 LIMIT_MS = 0.2

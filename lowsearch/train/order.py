@@ -1,6 +1,6 @@
 """A training as an order that another machine may carry out: everything it needs goes along, everything it made comes back.
 
-The machines share no folder. Made by `accuracy.ladder` and `search.assembly`, carried out by an engine of `search.engines`.
+The machines share no folder. Made by `accuracy.ladder` and `study.assembly`, carried out by an engine of `study.workers.engines`.
 """
 
 from __future__ import annotations

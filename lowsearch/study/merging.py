@@ -20,11 +20,11 @@ from optuna.trial import TrialState
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
 from lowsearch.search.foreign import gene_distributions
-from lowsearch.search.knowledge import RECIPE_FILE, SPACE_FILE, of_study, settings_of, table_files
 from lowsearch.search.sampler import gene_indices
-from lowsearch.search.settings import EXTENSIBLE, StudySettings, read_study_file
-from lowsearch.search.storage import DATABASE, SERVER_STUDY, candidates, has_database, open_study
-from lowsearch.search.study import CLOCK, Clock, locked, write_study_file
+from lowsearch.study.knowledge import RECIPE_FILE, SPACE_FILE, of_study, settings_of, table_files
+from lowsearch.study.run import CLOCK, Clock, locked, write_study_file
+from lowsearch.study.settings import EXTENSIBLE, StudySettings, read_study_file
+from lowsearch.study.storage import DATABASE, SERVER_STUDY, candidates, has_database, open_study
 
 MAY_DIFFER = (*EXTENSIBLE, "seed", "sampler", "space", "storage")
 """`space` is compared by what it says, not by its name or path."""

@@ -16,8 +16,8 @@ import numpy as np
 from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.footprint import artifact_mb, peak_memory_mb
-from lowsearch.search.knowledge import Knowledge
 from lowsearch.space import SearchSpace
+from lowsearch.study.knowledge import Knowledge
 
 Misled = Literal["", "opposite", "too much", "too little"]
 """What MACs say of a change that its latency does not follow: the other direction, a larger share, a smaller one."""

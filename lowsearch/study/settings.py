@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lowsearch.errors import StudyError, UsageError
-from lowsearch.search.database import check_url
 from lowsearch.search.devices import device_labels
-from lowsearch.search.engines import check_engine
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 from lowsearch.search.samplers import SAMPLERS
+from lowsearch.study.workers.database import check_url
+from lowsearch.study.workers.engines import check_engine
 
 AccuracyKind = Literal["trained", "params", "macs", "published"]
 TrainDevice = Literal["cpu", "cuda"]

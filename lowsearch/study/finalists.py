@@ -23,13 +23,13 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.engines import DiedError, Engine, Job
 from lowsearch.search.objectives import Metric
-from lowsearch.search.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
-from lowsearch.search.parts import FinalScore, Parts, Progress
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.shortlist import Measurement, Measurements, best_cover, keeps_measured_limits, largest_allowed_ms, measure, shortlist
-from lowsearch.search.storage import Candidate
+from lowsearch.study.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
+from lowsearch.study.parts import FinalScore, Parts, Progress
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.shortlist import Measurement, Measurements, best_cover, keeps_measured_limits, largest_allowed_ms, measure, shortlist
+from lowsearch.study.storage import Candidate
+from lowsearch.study.workers.engines import DiedError, Engine, Job
 from lowsearch.train.order import Order
 
 PLAN = "finalists.json"

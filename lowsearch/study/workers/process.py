@@ -1,7 +1,7 @@
-"""The process of a worker. Started by `search.crew`, never by hand.
+"""The process of a worker. Started by `study.workers.crew`, never by hand.
 
-    python -m lowsearch.search.process FOLDER NAME search ELAPSED_S [STORAGE_URL]
-    python -m lowsearch.search.process FOLDER NAME finals
+    python -m lowsearch.study.workers.process FOLDER NAME search ELAPSED_S [STORAGE_URL]
+    python -m lowsearch.study.workers.process FOLDER NAME finals
 
 Any byte on stdin ends the search at the next rung; the end of the stream (the parent is gone) ends the process at once. Everything it
 trained is on disk by then.
@@ -24,14 +24,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from lowsearch.errors import LowsearchError
-from lowsearch.search.assembly import build_parts
-from lowsearch.search.conductor import Conductor
-from lowsearch.search.engines import RayEngine
-from lowsearch.search.finalists import train_planned
-from lowsearch.search.parts import Parts
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import crew_of
-from lowsearch.search.worker import USER_ERROR_EXIT, WORKER_LOCK, Abandoned, Plan, SearchWorker
+from lowsearch.study.assembly import build_parts
+from lowsearch.study.finalists import train_planned
+from lowsearch.study.parts import Parts
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import crew_of
+from lowsearch.study.workers.conductor import Conductor
+from lowsearch.study.workers.engines import RayEngine
+from lowsearch.study.workers.worker import USER_ERROR_EXIT, WORKER_LOCK, Abandoned, Plan, SearchWorker
 
 
 def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Parts] = build_parts) -> int:

@@ -33,20 +33,19 @@ from filelock import FileLock, Timeout
 from lowsearch.accuracy.agreement import agreement
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.search import finalists, promotion
-from lowsearch.search.assembly import build_parts, prepare, resolve
-from lowsearch.search.crew import MAX_CRASHES_IN_A_ROW, Crew, await_orphans, crashed_too_often
-from lowsearch.search.database import connect
-from lowsearch.search.engines import require_engine
+from lowsearch.search import promotion
 from lowsearch.search.estimates import excess, reference_values
 from lowsearch.search.feasible import all_to_try, check_limits
-from lowsearch.search.gate import forecast_agreement, why_steering_ended
-from lowsearch.search.outputs import StudyFiles, decode
-from lowsearch.search.parts import Parts, Progress, stand_in_of
-from lowsearch.search.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
-from lowsearch.search.sharing import write_regret
-from lowsearch.search.shortlist import Measurements, write_shortlist
-from lowsearch.search.storage import (
+from lowsearch.search.verification import VerifiedCheck, checked
+from lowsearch.study import finalists
+from lowsearch.study.assembly import build_parts, prepare, resolve
+from lowsearch.study.gate import forecast_agreement, why_steering_ended
+from lowsearch.study.outputs import StudyFiles, decode
+from lowsearch.study.parts import Parts, Progress, stand_in_of
+from lowsearch.study.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
+from lowsearch.study.sharing import write_regret
+from lowsearch.study.shortlist import Measurements, write_shortlist
+from lowsearch.study.storage import (
     SERVER_STUDY,
     Candidate,
     candidates,
@@ -57,8 +56,10 @@ from lowsearch.search.storage import (
     reclaim,
     set_search_open,
 )
-from lowsearch.search.verification import VerifiedCheck, checked
-from lowsearch.search.worker import PROPOSAL_LOCK, Plan
+from lowsearch.study.workers.crew import MAX_CRASHES_IN_A_ROW, Crew, await_orphans, crashed_too_often
+from lowsearch.study.workers.database import connect
+from lowsearch.study.workers.engines import require_engine
+from lowsearch.study.workers.worker import PROPOSAL_LOCK, Plan
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Backend:
     resolve: Callable[[StudySettings], StudySettings] = resolve
     prepare: Callable[[Path, StudySettings, Progress | None], None] = prepare
     parts: Callable[[Path, StudySettings], Parts] = build_parts
-    worker: tuple[str, ...] = (sys.executable, "-m", "lowsearch.search.process")
+    worker: tuple[str, ...] = (sys.executable, "-m", "lowsearch.study.workers.process")
     """Command that starts a worker; folder, name, job and elapsed seconds are appended."""
 
 

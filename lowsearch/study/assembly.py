@@ -35,7 +35,10 @@ from lowsearch.latency.table import LatencyTable, check_fits
 from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.devices import Fleet
-from lowsearch.search.knowledge import (
+from lowsearch.search.objectives import ON_DEVICES, Limit
+from lowsearch.search.verification import VERIFIED, Verifications
+from lowsearch.space import SearchSpace
+from lowsearch.study.knowledge import (
     LARGEST_EMBEDDED_PX,
     RECIPE_FILE,
     SPACE_FILE,
@@ -45,11 +48,8 @@ from lowsearch.search.knowledge import (
     target_of,
     targets_of,
 )
-from lowsearch.search.objectives import ON_DEVICES, Limit
-from lowsearch.search.parts import FinalScore, Parts, Progress
-from lowsearch.search.settings import DEFAULT_DATA, StudySettings, stored_settings
-from lowsearch.search.verification import VERIFIED, Verifications
-from lowsearch.space import SearchSpace
+from lowsearch.study.parts import FinalScore, Parts, Progress
+from lowsearch.study.settings import DEFAULT_DATA, StudySettings, stored_settings
 from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, train
 from lowsearch.train.order import replace_bytes, scratch
 from lowsearch.train.recipe import DEFAULT_RECIPE
@@ -131,7 +131,8 @@ def _on_gpu(settings: StudySettings) -> bool:
 def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
     """Put the space, the recipe and the latency table into the study's folder; measures the table where this machine has none yet."""
     if stored_settings(folder) is None:  # What a run left that ended before the study was made says nothing.
-        (folder / RECIPE_FILE).unlink(missing_ok=True)
+        for left in (folder / SPACE_FILE, folder / RECIPE_FILE, *folder.glob(f"{Path(TABLE_FILE).stem}*.jsonl")):
+            left.unlink(missing_ok=True)
     schedule = _schedule(folder, settings)
     space, data = _space(folder, settings), _data(settings)
     if data is not None:

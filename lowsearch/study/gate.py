@@ -20,7 +20,7 @@ from typing import Any
 from lowsearch.accuracy.agreement import Agreement, agreement
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.search.parts import Record, Scorer
+from lowsearch.study.parts import Record, Scorer
 
 MIN_NETWORKS = 12
 """Fully trained networks before anything is judged."""

@@ -21,10 +21,10 @@ from lowsearch.files import write_atomically
 from lowsearch.latency.pace import pace_since
 from lowsearch.search import pareto
 from lowsearch.search.objectives import LATENCY_METRICS, of_latency
-from lowsearch.search.outputs import candidate_costs, decode, keeps_limits, write_csv
-from lowsearch.search.parts import Parts, Progress
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import Candidate
+from lowsearch.study.outputs import candidate_costs, decode, keeps_limits, write_csv
+from lowsearch.study.parts import Parts, Progress
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import Candidate
 
 MEASUREMENTS = "measurements.json"
 MAX_SHORTLISTED = 24

@@ -17,10 +17,10 @@ import numpy as np
 
 from lowsearch.search import pareto
 from lowsearch.search.objectives import Metric
-from lowsearch.search.outputs import accuracy_columns, decode, write_csv
-from lowsearch.search.parts import Parts
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import Candidate
+from lowsearch.study.outputs import accuracy_columns, decode, write_csv
+from lowsearch.study.parts import Parts
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import Candidate
 
 SHARED = "shared"
 """`front` of the networks that are meant for all devices."""

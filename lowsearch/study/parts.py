@@ -17,9 +17,9 @@ from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
 from lowsearch.search.devices import Fleet
 from lowsearch.search.estimates import AccuracyModel, EnergyPredictor, Estimator, LatencyModel
-from lowsearch.search.settings import StudySettings
 from lowsearch.search.verification import Measured, Verifications, VerifiedLatency
 from lowsearch.space import SearchSpace
+from lowsearch.study.settings import StudySettings
 from lowsearch.train.order import Order
 
 Progress = Callable[[int, int, str], None]

@@ -21,12 +21,12 @@ from lowsearch.accuracy.agreement import Agreement, Lead, agreement, lead
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.search.assembly import build_parts
 from lowsearch.search.estimates import Estimator, excess
-from lowsearch.search.parts import Parts, Progress, Record
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.worker import Plan
 from lowsearch.space import SearchSpace
+from lowsearch.study.assembly import build_parts
+from lowsearch.study.parts import Parts, Progress, Record
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.workers.worker import Plan
 
 Verdict = Literal["trusted", "weak", "not trusted"]
 TRUST = "trust.json"

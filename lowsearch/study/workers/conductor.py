@@ -17,13 +17,13 @@ import numpy as np
 from optuna.trial import Trial, TrialState
 
 from lowsearch.arch import Arch
-from lowsearch.search.engines import DiedError, Engine, HereEngine, Job
-from lowsearch.search.leases import WORKER, Overtaken, is_held, kept
-from lowsearch.search.outputs import decode
-from lowsearch.search.parts import Record
 from lowsearch.search.sampler import NothingLeftError
-from lowsearch.search.storage import candidates, set_exhausted
-from lowsearch.search.worker import Score, SearchWorker, trains_whole
+from lowsearch.study.outputs import decode
+from lowsearch.study.parts import Record
+from lowsearch.study.storage import candidates, set_exhausted
+from lowsearch.study.workers.engines import DiedError, Engine, HereEngine, Job
+from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
+from lowsearch.study.workers.worker import Score, SearchWorker, trains_whole
 
 logger = logging.getLogger(__name__)
 

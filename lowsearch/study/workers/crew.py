@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from lowsearch import errors
 from lowsearch.errors import LowsearchError, StudyError
-from lowsearch.search.leases import WORKER, Watch
-from lowsearch.search.storage import crew_of, reclaim, running
-from lowsearch.search.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK
+from lowsearch.study.storage import crew_of, reclaim, running
+from lowsearch.study.workers.leases import WORKER, Watch
+from lowsearch.study.workers.worker import PROPOSAL_LOCK, USER_ERROR_EXIT, WORKER_LOCK
 
 log = logging.getLogger(__name__)
 

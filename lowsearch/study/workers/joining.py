@@ -11,12 +11,12 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from lowsearch.errors import StudyError
-from lowsearch.search.crew import MAX_CRASHES_IN_A_ROW, Crew, crashed_too_often
-from lowsearch.search.leases import WORKER
-from lowsearch.search.parts import Progress
-from lowsearch.search.storage import crew_of, is_search_open, nothing_to_start, open_study
-from lowsearch.search.study import CLOCK, HOST, Backend, Clock, is_run
-from lowsearch.search.worker import Plan
+from lowsearch.study.parts import Progress
+from lowsearch.study.run import CLOCK, HOST, Backend, Clock, is_run
+from lowsearch.study.storage import crew_of, is_search_open, nothing_to_start, open_study
+from lowsearch.study.workers.crew import MAX_CRASHES_IN_A_ROW, Crew, crashed_too_often
+from lowsearch.study.workers.leases import WORKER
+from lowsearch.study.workers.worker import Plan
 
 _POLL_S = 0.5
 

@@ -1,4 +1,4 @@
-"""A worker of a study: one process (`search.process`), one torch thread, one network at a time.
+"""A worker of a study: one process (`study.workers.process`), one torch thread, one network at a time.
 
 It dies rather than let Optuna mark an interrupted trial as failed, so that the trial is taken up again under the same number.
 """
@@ -20,19 +20,19 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
-from lowsearch.search.database import PATIENCE_S
 from lowsearch.search.estimates import AccuracyModel, excess
 from lowsearch.search.feasible import networks_within
-from lowsearch.search.gate import SteeringGate
-from lowsearch.search.leases import WORKER, Overtaken, is_held, kept
 from lowsearch.search.objectives import Metric
-from lowsearch.search.parts import Parts, Record, Scorer, stand_in_of
 from lowsearch.search.promotion import standing
 from lowsearch.search.sampler import WHOLE_SCHEDULE, NothingLeftError, suggest_genome
 from lowsearch.search.samplers import SAMPLERS, Task
-from lowsearch.search.settings import StudySettings, read_study_file, stored_settings
-from lowsearch.search.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
 from lowsearch.search.verification import broken_limit, is_near_limit, verify
+from lowsearch.study.gate import SteeringGate
+from lowsearch.study.parts import Parts, Record, Scorer, stand_in_of
+from lowsearch.study.settings import StudySettings, read_study_file, stored_settings
+from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
+from lowsearch.study.workers.database import PATIENCE_S
+from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
 
 logger = logging.getLogger(__name__)
 

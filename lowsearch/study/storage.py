@@ -26,12 +26,12 @@ from sqlalchemy import event
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
-from lowsearch.search.database import connect
-from lowsearch.search.leases import WORKER
 from lowsearch.search.objectives import Objectives
 from lowsearch.search.sampler import gene_indices
-from lowsearch.search.settings import read_study_file, stored_settings
 from lowsearch.space import SearchSpace
+from lowsearch.study.settings import read_study_file, stored_settings
+from lowsearch.study.workers.database import connect
+from lowsearch.study.workers.leases import WORKER
 
 DATABASE = "study.db"
 STUDY_NAME = "lowsearch"

@@ -18,13 +18,14 @@ import numpy as np
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.search import pareto, storage
+from lowsearch.search import pareto
 from lowsearch.search.estimates import excess
-from lowsearch.search.explain import CLEAR_STD, Change, Step, changes, step_between
-from lowsearch.search.knowledge import Knowledge
 from lowsearch.search.objectives import Metric, parse_objectives
-from lowsearch.search.settings import StudySettings
 from lowsearch.space import SearchSpace
+from lowsearch.study import storage
+from lowsearch.study.explain import CLEAR_STD, Change, Step, changes, step_between
+from lowsearch.study.knowledge import Knowledge
+from lowsearch.study.settings import StudySettings
 
 Gain = Literal["faster", "better", "faster and better"]
 

@@ -22,10 +22,10 @@ from lowsearch.files import write_atomically
 from lowsearch.search import pareto
 from lowsearch.search.estimates import AccuracyModel, Estimates, Estimator, excess
 from lowsearch.search.objectives import Metric
-from lowsearch.search.parts import Parts
-from lowsearch.search.settings import StudySettings
-from lowsearch.search.storage import Candidate
 from lowsearch.space import SearchSpace
+from lowsearch.study.parts import Parts
+from lowsearch.study.settings import StudySettings
+from lowsearch.study.storage import Candidate
 
 CANDIDATE_COLUMNS = (
     "number", "arch_id", "name", "origin", "genome", "state", "reason", "rung", "val_accuracy", "accuracy_std", "accuracy_source",

@@ -27,9 +27,9 @@ from lowsearch.latency.table import LatencyTable, default_runtime
 from lowsearch.latency.target import Target, resolve_device, resolve_target
 from lowsearch.search.devices import Fleet, fit_scales, scales_from
 from lowsearch.search.estimates import AccuracyModel, Estimator
-from lowsearch.search.parts import stand_in_of
-from lowsearch.search.settings import STAND_INS, StudySettings, read_study_file, stored_settings
 from lowsearch.space import SearchSpace
+from lowsearch.study.parts import stand_in_of
+from lowsearch.study.settings import STAND_INS, StudySettings, read_study_file, stored_settings
 
 SPACE_FILE = "space.yaml"
 RECIPE_FILE = "recipe.yaml"
