@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import platform
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -131,6 +133,28 @@ def test_channels_last_is_how_tensors_lie_and_part_of_the_name() -> None:
     assert module(torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
     assert runtime("eager-nhwc").options(Target("amd-epyc-9654", "eager-nhwc"), "cpu")["memory_format"] == "channels-last"
     assert Target("amd-epyc-9654", "eager-nhwc").table_path.name == "eager-nhwc-fp32-b1-t1.jsonl"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_pass_of_torch_on_a_cpu_fetches_no_new_pages() -> None:
+    """In a process that has done nothing else, whose C library would return the 8 MB of every tensor to the system."""
+    code = """
+import resource, torch
+from lowsearch.latency.runtimes import runtime
+module = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.Hardswish()).eval()
+program = runtime("eager").prepare(module, torch.zeros(1, 3, 256, 256), precision="fp32", device=torch.device("cpu"))
+def faults(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        program.run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(3)
+print(faults(10))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
+    assert runtime("eager").options(Target("amd-epyc-9654", "eager"), "cpu")["freed_memory"] == "kept"
+    assert "freed_memory" not in runtime("eager").options(Target("rtx3090", "eager"), "cuda")
 
 
 class Answer:

@@ -165,9 +165,10 @@ def test_the_fingerprint_changes_with_device_driver_and_runtime_only() -> None:
     assert fingerprint() != fingerprint(dataclasses.replace(GPU, detail="12 GiB"))
 
 
-def test_the_fingerprint_changes_with_the_layout_of_tensors_but_not_with_other_options() -> None:
+def test_the_fingerprint_changes_with_layout_and_freed_memory_but_not_with_other_options() -> None:
     def fingerprint(**options: str | int) -> dict[str, str]:
         return context(Target(GPU.slug, "eager"), GPU, statistic="t", versions={}, runtime_options=options).fingerprint
 
     assert fingerprint(memory_format="contiguous") != fingerprint(memory_format="channels-last")
+    assert fingerprint(memory_format="contiguous") != fingerprint(memory_format="contiguous", freed_memory="kept")
     assert fingerprint(memory_format="contiguous", flush_bytes=1) == fingerprint(memory_format="contiguous", flush_bytes=2)

@@ -149,8 +149,8 @@ class LatencyPredictor:
             )
         self._predict_missing([block for row in calibration for block in row.arch.blocks()])
         self._block_scale = 1.0
-        self.correction, left_out = self._fit(calibration)
-        self.relative_std, self._block_scale = self._spread(calibration, left_out)
+        self.correction, left_out, fitted = self._fit(calibration)
+        self.relative_std, self._block_scale = self._spread(calibration, left_out, fitted)
         """`relative_std`: spread of networks of measured blocks. `_block_scale`: how many times the variance that the block models state
         of unmeasured blocks shows in networks."""
 
@@ -246,8 +246,8 @@ class LatencyPredictor:
         """Relative variance of what a model says of a block, as far as it shows in networks; 0 for a measured one."""
         return 0.0 if block in self.table.entries else self._block_scale * self._predictions[block].relative_std ** 2
 
-    def _fit(self, networks: Sequence[NetworkLatency]) -> tuple[Correction, np.ndarray]:
-        """The correction, and the relative error (n,) of every network's prediction from the others."""
+    def _fit(self, networks: Sequence[NetworkLatency]) -> tuple[Correction, np.ndarray, np.ndarray]:
+        """The correction, and the relative error (n,) of every network's prediction: from the others, and from all."""
         measured_ms = np.array([row.latency_ms for row in networks])
         inputs = np.array([self._inputs(row.arch) for row in networks]) / measured_ms[:, None]
         usual, usual_std = self._usual()
@@ -257,10 +257,14 @@ class LatencyPredictor:
         left_out = np.array([
             inputs[i] @ _fit_weights(inputs[kept[i]], usual, usual_std, noise=noise) - 1 for i in range(len(networks))
         ])  # fmt: skip
-        return Correction(*map(float, weights)), left_out
+        return Correction(*map(float, weights)), left_out, inputs @ weights - 1
 
-    def _spread(self, networks: Sequence[NetworkLatency], left_out: np.ndarray) -> tuple[float, float]:
-        """`relative_std` and `_block_scale` from errors (n,) of networks that were left out of the fit.
+    def _spread(self, networks: Sequence[NetworkLatency], left_out: np.ndarray, fitted: np.ndarray) -> tuple[float, float]:
+        """`relative_std` and `_block_scale` from errors (n,) of networks that were left out of the fit, and of the same in it.
+
+        A network at the edge of its space pulls the fit towards itself, and is far off without: its leverage h shrinks the error that is left
+        to (1 - h) of the one without it, whose square overstates the variance by 1 / (1 - h). The product of both is that variance (for least
+        squares), and a new network adds the leverage that networks have on average.
 
         The block models say how the spread is shared out: networks with more unmeasured blocks are less certain. How large it is, the
         errors themselves say (as in locally weighted conformal prediction, arXiv 1604.04173). As it stands, a block model's error is no
@@ -268,7 +272,8 @@ class LatencyPredictor:
         """
         explained = np.array([self._block_share(row.arch) for row in networks])
         outlying = _OUTLYING * _deviation(left_out)  # One disturbed measurement is not the spread of all the others.
-        squares = np.clip(left_out, -outlying, outlying) ** 2
+        remaining = np.clip(np.divide(fitted, left_out, out=np.ones_like(fitted), where=left_out != 0), 0, 1)  # 1 - leverage
+        squares = np.minimum(left_out**2, outlying**2) * remaining * (2 - float(np.mean(remaining)))
         total = float(np.mean(squares))
         whole = max(total - float(np.mean(explained)), _LEAST_SHARE * total, 1e-12)
         n = len(networks)

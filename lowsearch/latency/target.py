@@ -98,6 +98,10 @@ class Device:
         return self.kind != "absent"
 
 
+_DECIDING = ("memory_format", "freed_memory")
+"""Runtime options that two measurements have to agree in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """Everything around a measurement that could change it. `fingerprint` is the part that must agree before a table is used."""
@@ -132,10 +136,10 @@ class Context:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What decides whether two measurements may be compared: the device, the versions that execute, the layout of tensors, and who
-        measured it."""
+        """What decides whether two measurements may be compared: the device, the versions that execute, the layout of tensors, what
+        becomes of freed memory, and who measured it."""
         executing = {name: version for name, version in self.versions.items() if name != "lowsearch"}
-        executing |= {name: str(option) for name, option in self.runtime_options.items() if name == "memory_format"}
+        executing |= {name: str(option) for name, option in self.runtime_options.items() if name in _DECIDING}
         shipped = {"origin": self.origin} if self.origin else {}
         return {"device_name": self.device_name, "device_detail": self.device_detail, "driver": self.driver, **executing, **shipped}
 
