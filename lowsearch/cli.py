@@ -804,13 +804,14 @@ def train(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train one network on the whole schedule. Resumes where it stopped."""
+    """Train one network on the whole schedule. Resumes where it stopped; under torchrun on several GPUs or processes."""
     import dataclasses
 
     from lowsearch.data import load_data
     from lowsearch.study.assembly import schedule_of_study
     from lowsearch.train import recipe as recipe_named
     from lowsearch.train import require_trainable
+    from lowsearch.train.distributed import launched_ranks
     from lowsearch.train.full import train_fully
     from lowsearch.train.recipe import DEFAULT_RECIPE, assignments
 
@@ -830,16 +831,22 @@ def train(
         raise UsageError(
             "training starts from published weights or from a supernet's, not from both", hint="drop --init or --from-supernet"
         )
-    start, origin = _pretrained(network, seed, weights) if init == "pretrained" else (None, None)
-    if from_supernet is not None:
-        start, origin = _from_supernet(network, from_supernet, images)
-    began = "" if origin is None else f"-from-{origin['source']}"
-    folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}{began}-s{seed}"
-    with _progress() as progress:
-        metrics = train_fully(
-            network, images, schedule, seed=seed, folder=folder, init=start, origin=origin, device=device,
-            progress=lambda done: progress(round(100 * done), 100, f"train {network.arch_id}"),
-        )  # fmt: skip
+    with launched_ranks(device) as ranks:
+        start, origin = None, None
+        if ranks.rank == 0 and init == "pretrained":
+            start, origin = _pretrained(network, seed, weights)
+        elif ranks.rank == 0 and from_supernet is not None:
+            start, origin = _from_supernet(network, from_supernet, images)
+        start, origin = ranks.agreed((start, origin))
+        began = "" if origin is None else f"-from-{origin['source']}"
+        folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}{began}-s{seed}"
+        with _progress() as progress:
+            metrics = train_fully(
+                network, images, schedule, seed=seed, folder=folder, init=start, origin=origin, device=device, ranks=ranks,
+                progress=None if ranks.rank else lambda done: progress(round(100 * done), 100, f"train {network.arch_id}"),
+            )  # fmt: skip
+    if ranks.rank != 0:
+        return
     if as_json:
         _print_json({**metrics, "folder": str(folder)})
         return
@@ -911,7 +918,8 @@ def train_supernet(
     from lowsearch.data import load_data
     from lowsearch.space import SearchSpace
     from lowsearch.train import require_trainable
-    from lowsearch.train.supernet import SupernetPlan, launched_ranks, read_plan, steps_within
+    from lowsearch.train.distributed import launched_ranks
+    from lowsearch.train.supernet import SupernetPlan, read_plan, steps_within
     from lowsearch.train.supernet import train_supernet as train_shared
 
     seconds = parse_budget(budget)

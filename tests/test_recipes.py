@@ -153,7 +153,7 @@ def test_labels_are_mixed_in_the_proportion_of_the_images(kind: str) -> None:
     """Image i is the constant i: what is left of it in the mixture is the share of its label."""
     with drawing_from(np.random.default_rng(3)):
         x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 32, 32).clone()
-        mixed, shares = augmentation(**{kind: 1.0}).mixed(x, torch.arange(4))
+        mixed, shares = augmentation(**{kind: 1.0}).mixed(x, torch.arange(4), range(4))
     assert torch.allclose(shares.sum(1), torch.ones(4))
     for i, image in enumerate(mixed):
         other = 3 - i
@@ -169,7 +169,7 @@ def test_both_mixtures_take_turns_and_lambda_is_the_step_s_own() -> None:
 
     def shares(step: int) -> tuple[int, float]:
         with drawing_from(np.random.default_rng([0, step])):
-            x, targets = both.mixed(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 32, 32).clone(), torch.arange(4))
+            x, targets = both.mixed(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 32, 32).clone(), torch.arange(4), range(4))
         return x[0].unique().numel(), targets[0, 0].item()
 
     drawn = [shares(step) for step in range(30)]
@@ -179,7 +179,7 @@ def test_both_mixtures_take_turns_and_lambda_is_the_step_s_own() -> None:
 
 def test_erasing_replaces_one_rectangle_of_an_image() -> None:
     with drawing_from(np.random.default_rng(0)):
-        x, labels = augmentation(erasing=1.0).mixed(torch.full((20, 3, 32, 32), 9.0), torch.arange(20) % 10)
+        x, labels = augmentation(erasing=1.0).mixed(torch.full((20, 3, 32, 32), 9.0), torch.arange(20) % 10, range(20))
     assert labels.ndim == 1
     for image in x:
         rows, columns = (image != 9).any(0).nonzero().unbind(1)
@@ -192,13 +192,13 @@ def test_every_operation_of_timm_runs_at_its_largest_magnitude(string: str, imag
     """Pillow 13 refuses what timm's `posterize` asks for there."""
     pixels = torch.from_numpy(images.train.images[:48])
     with drawing_from(np.random.default_rng(0)):
-        assert augmentation(auto_augment=string).pixels(pixels).shape == pixels.shape
+        assert augmentation(auto_augment=string).pixels(pixels, range(48)).shape == pixels.shape
 
 
 def test_crops_come_from_the_stored_image_and_fill_the_network_s_resolution(images: ImageData) -> None:
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
     with drawing_from(np.random.default_rng(0)):
-        out = augmentation(random_crop=0.25).pixels(torch.from_numpy(np.stack([ramp] * 20)))
+        out = augmentation(random_crop=0.25).pixels(torch.from_numpy(np.stack([ramp] * 20)), range(20))
     assert out.shape == (20, 32, 32, 3)
     spans = (out[:, :, -1, 0].int() - out[:, :, 0, 0].int()).float().mean(1)
     assert 25 < spans.min() < 45 and spans.max() <= 64  # at least a quarter of the area, at an aspect of 3/4 to 4/3
@@ -213,7 +213,7 @@ def test_batches_are_drawn_at_the_recipe_s_resolutions_and_at_no_others(images: 
     seen = set()
     for step in range(20):
         with drawing_from(np.random.default_rng([0, step])):
-            seen.add(several.pixels(torch.zeros((2, 32, 32, 3), dtype=torch.uint8)).shape[1])
+            seen.add(several.pixels(torch.zeros((2, 32, 32, 3), dtype=torch.uint8), range(2)).shape[1])
     assert seen == {16, 32}
 
 

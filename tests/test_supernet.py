@@ -30,12 +30,12 @@ from lowsearch.errors import DataError, NotInSpaceError, StudyError, UsageError
 from lowsearch.model.elastic import Supernet
 from lowsearch.space import SearchSpace
 from lowsearch.train import CurvePoint, Recipe, evaluate
+from lowsearch.train.distributed import Ranks
 from lowsearch.train.engine import hash_of_init, network_input
 from lowsearch.train.supernet import (
     CHECKPOINT,
     PLAN,
     WEIGHTS,
-    Ranks,
     SupernetPlan,
     _Training,
     estimate_statistics,
@@ -198,7 +198,8 @@ SCRIPT = """
 import dataclasses, json, pathlib, sys
 import numpy as np, torch
 from lowsearch.data import load_data
-from lowsearch.train.supernet import SupernetPlan, launched_ranks, train_supernet
+from lowsearch.train.distributed import launched_ranks
+from lowsearch.train.supernet import SupernetPlan, train_supernet
 torch.set_num_threads(1)
 data = load_data("fashion-mnist-mini")
 data = dataclasses.replace(data, **{k: getattr(data, k).take(np.arange(n)) for k, n in (("train", 1500), ("val", 500), ("test", 20))})

@@ -1,7 +1,8 @@
 """What a recipe does to a batch beyond moving and mirroring it: timm's crops, AutoAugment, erasing, mixup and cutmix.
 
 timm draws from the global generators of Python, numpy and torch; `drawing_from` gives these a state that a step's own key determines,
-so that a resumed training sees the same batches. Used by `engine`.
+so that a resumed training sees the same batches. What is drawn for one image has a key of its own, so that several processes, each with
+some of a batch's images, make of these what one process would. Used by `engine`.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -9,7 +10,7 @@ Legend: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -27,18 +28,28 @@ if TYPE_CHECKING:
 @contextmanager
 def drawing_from(rng: np.random.Generator) -> Iterator[None]:
     """While entered, the global generators of Python and numpy draw what `rng` determines; torch's is left where it then stands."""
-    import torch
+    with _returning():
+        _seed(int(rng.integers(2**63)))
+        yield
 
+
+@contextmanager
+def _returning() -> Iterator[None]:
+    """Leaves the global generators of Python and numpy as they were."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 timm draws from it
-    key = int(rng.integers(2**63))
-    random.seed(key)
-    np.random.seed(key % 2**32)  # noqa: NPY002
-    torch.manual_seed(key)
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
+
+
+def _seed(key: int) -> None:
+    import torch
+
+    random.seed(key)
+    np.random.seed(key % 2**32)  # noqa: NPY002
+    torch.manual_seed(key)
 
 
 class Augmentation:
@@ -62,8 +73,8 @@ class Augmentation:
         """Whether `recipe` asks for any of it."""
         return bool(recipe.random_crop or recipe.auto_augment or recipe.erasing or recipe.mixes or recipe.resolutions)
 
-    def pixels(self, images_BHWC: Tensor) -> Tensor:
-        """uint8 images, cropped and changed one by one and brought to the resolution that this batch draws."""
+    def pixels(self, images_BHWC: Tensor, keys: Sequence[int]) -> Tensor:
+        """uint8 images, cropped and changed one by one, each by its key, and brought to the resolution that this batch draws."""
         import torch
         from PIL import Image
 
@@ -74,20 +85,27 @@ class Augmentation:
         if not transforms:
             return images_BHWC
         out = torch.empty((len(images_BHWC), px, px, 3), dtype=torch.uint8)
-        for i, pixels in enumerate(images_BHWC.cpu().numpy()):
-            image: Any = Image.fromarray(pixels)
-            for transform in transforms:
-                image = transform(image)
-            out[i] = torch.from_numpy(np.array(image))
+        with _returning():
+            for i, (pixels, key) in enumerate(zip(images_BHWC.cpu().numpy(), keys, strict=True)):
+                _seed(key)
+                image: Any = Image.fromarray(pixels)
+                for transform in transforms:
+                    image = transform(image)
+                out[i] = torch.from_numpy(np.array(image))
         return out.to(images_BHWC.device)
 
-    def mixed(self, x_BCHW: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images with erased rectangles, mixed in pairs; and their labels, as shares (B, classes) where they are mixed."""
+    def mixed(self, x_BCHW: Tensor, labels: Tensor, keys: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Normalised images with rectangles erased, in each by its key, mixed in pairs from both ends; and their labels, as shares
+        (B, classes) where they are mixed. Works in place."""
         from timm.data.random_erasing import RandomErasing
 
         if self._recipe.erasing:
             # The rectangles' noise is drawn where the images lie.
-            x_BCHW = RandomErasing(self._recipe.erasing, mode="pixel", device=str(x_BCHW.device))(x_BCHW)
+            erase = RandomErasing(self._recipe.erasing, mode="pixel", device=str(x_BCHW.device))
+            with _returning():
+                for x_CHW, key in zip(x_BCHW, keys, strict=True):
+                    _seed(key)
+                    erase(x_CHW)
         return (x_BCHW, labels) if self._mixup is None else self._mixup(x_BCHW, labels)
 
     def _made_transforms(self, px: int) -> tuple[Callable[[Any], Any], ...]:

@@ -3,7 +3,8 @@
 The same (arch, data, recipe, seed, torch version, one thread) gives the same weights bit for bit, whether the training ran through or
 was killed and resumed any number of times, and whatever was asked of it in between (`until`): what a step draws at random is keyed by
 (seed, step), and a checkpoint holds everything else. On a GPU it draws the same, but sums in an order that is not fixed, so weights differ
-by rounding from one run to the next. Read by `accuracy.ladder` and by whoever trains finalists.
+by rounding from one run to the next; so do they where several processes share the batches (`distributed`). Read by `accuracy.ladder` and by
+whoever trains finalists.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -27,6 +28,7 @@ from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
 from lowsearch.errors import DataError, UsageError
 from lowsearch.train.augment import Augmentation, drawing_from, resampled
 from lowsearch.train.checkpoint import load_checkpoint, save_tensors
+from lowsearch.train.distributed import Ranks, require_shares
 from lowsearch.train.recipe import Recipe, teacher_files
 from lowsearch.train.recorded import Recorded
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 CHECKPOINTS_PER_SCHEDULE = 20
 """A killed training loses at most this part of its schedule."""
 _EVALUATION_BATCH = 250
-_ORDER, _AUGMENTATION, _MODEL, _TIMM = 1, 2, 3, 4  # what a random stream is for, so that no two share numbers
+_ORDER, _AUGMENTATION, _MODEL, _TIMM, _IMAGES = 1, 2, 3, 4, 5  # what a random stream is for, so that no two share numbers
 
 _log = logging.getLogger(__name__)
 
@@ -103,13 +105,15 @@ def train(
     init: Mapping[str, Tensor] | None = None,
     progress: Callable[[float], None] | None = None,
     device: str = "cpu",
+    ranks: Ranks | None = None,
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> TrainResult:
     """Train `arch` up to `until` of the full schedule, going on from `checkpoint` where it exists, and writing it on the way.
 
     `init`: the state dict to start from, instead of random weights. `progress` hears the fraction of the schedule done after every step.
-    Raises DataError when the data has other classes than `arch`, StudyError when the checkpoint belongs to another training, and
-    CheckpointError when the recipe's teacher does not fit the data.
+    `ranks`: the processes that train it together; all call this with the same arguments, and all get the result.
+    Raises DataError when the data has other classes than `arch`, StudyError when the checkpoint belongs to another training,
+    CheckpointError when the recipe's teacher does not fit the data, and UsageError when a batch is too small for all `ranks`.
     """
     if arch.num_classes != len(data.classes):
         raise DataError(
@@ -121,7 +125,7 @@ def train(
     import torch
 
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
-        run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, cpu_clock=cpu_clock, init=init)
+        run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, ranks=ranks, cpu_clock=cpu_clock, init=init)
         return run.to(until, progress)
 
 
@@ -148,9 +152,12 @@ def check_recipe(recipe: Recipe, *, num_classes: int) -> None:
         _teacher(recipe.teacher, num_classes)
 
 
-def evaluate(model: nn.Module, split: Split, resolution_px: int, *, device: str = "cpu") -> float:
-    """Accuracy of `model` on the images of `split`, resized to `resolution_px`, computed on `device`, where `model` is moved."""
-    return _score(model.to(device), resized(split.images, resolution_px, device), as_tensor(split.labels).to(device))[0]
+def evaluate(model: nn.Module, split: Split, resolution_px: int, *, device: str = "cpu", ranks: Ranks | None = None) -> float:
+    """Accuracy of `model` on the images of `split`, resized to `resolution_px`, computed on `device`, where `model` is moved.
+
+    `ranks`: the processes that share the images; each has the same `model`.
+    """
+    return _score(model.to(device), resized(split.images, resolution_px, device), as_tensor(split.labels).to(device), ranks)[0]
 
 
 def hash_of_init(init: Mapping[str, Tensor] | None) -> str | None:
@@ -183,17 +190,20 @@ class _Run:
         device: str,
         cpu_clock: Callable[[], float],
         init: Mapping[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         import torch
 
         from lowsearch.model.lowformer import build_model
 
         self.arch, self.recipe, self.seed, self.checkpoint, self.device, self.cpu_clock = arch, recipe, seed, checkpoint, device, cpu_clock
+        self.ranks = ranks or Ranks()
         n_images = recipe.n_images(len(data.train))
         self.steps_per_epoch = recipe.steps_per_epoch(n_images)
         self.total_steps = recipe.total_steps(n_images)
         self.batch_size = min(recipe.batch_size, n_images)
         self.batch_size -= self.batch_size % 2 if recipe.mixes else 0  # Mixing takes pairs.
+        require_shares(self.batch_size, self.ranks.size)
         # A crop is taken from the stored image and resampled once; everything else works on images of the network's resolution.
         train_px = data.image_px if recipe.random_crop else arch.resolution_px
         self.train_images_BHWC = resized(data.train.images[:n_images], train_px, device)
@@ -214,6 +224,7 @@ class _Run:
         model = build_model(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
         if init is not None:
             model.load_state_dict(init)
+        model = self.ranks.share_norms(model)
         # Channels last suits a CPU's convolutions; in a pilot bfloat16 was no faster, AMX or no AMX: these layers are too small.
         self.model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
@@ -222,7 +233,8 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
         # Dropout draws anew in every step, which a recording would have to be told; the recipes of small networks have none. Batches
         # of several resolutions would need a recording each. Augmentation and mixing are done before a step, and a teacher is recorded.
-        recorded = device != "cpu" and recipe.drop_path == recipe.mlp_dropout == 0 and not recipe.resolutions
+        # What processes say to each other is in no recording.
+        recorded = device != "cpu" and self.ranks.size == 1 and recipe.drop_path == recipe.mlp_dropout == 0 and not recipe.resolutions
         self._gradients = Recorded(self._compute_gradients, torch.cuda) if recorded else self._compute_gradients
         self.average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state().items()}
 
@@ -263,15 +275,21 @@ class _Run:
         recipe = self.recipe
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.train_labels))
-        chosen = as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size]).to(self.device)
+        mine = self.ranks.share(self.batch_size)
+        chosen = as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size][mine]).to(self.device)
         rng = np.random.default_rng([self.seed, _AUGMENTATION, self.step])
-        images_BHWC, targets = augmented(self.train_images_BHWC, chosen, recipe, rng), self.train_labels[chosen]
+        images_BHWC = augmented(self.train_images_BHWC, chosen, recipe, rng, part=(mine, self.batch_size))
+        targets = self.train_labels[chosen]
         if self.augmentation is None:
             x_BCHW = normalised(images_BHWC)
         else:
+            keys = np.random.default_rng([self.seed, _IMAGES, self.step]).integers(2**63, size=(2, self.batch_size))[:, mine].tolist()
             with drawing_from(np.random.default_rng([self.seed, _TIMM, self.step])):
-                x_BCHW, targets = self.augmentation.mixed(normalised(self.augmentation.pixels(images_BHWC)), targets)
-        torch.manual_seed(int(np.random.default_rng([self.seed, _MODEL, self.step]).integers(2**63)))  # dropout and stochastic depth
+                x_BCHW = normalised(self.augmentation.pixels(images_BHWC, keys[0]))
+                x_BCHW, targets = self.augmentation.mixed(x_BCHW, targets, keys[1])
+        # Of dropout and stochastic depth, which every process draws for its own images.
+        key = [self.seed, _MODEL, self.step] + [self.ranks.rank] * bool(self.ranks.rank)
+        torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
 
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -279,9 +297,9 @@ class _Run:
         loss, norm = self._gradients(x_BCHW, targets)
         loss_value, norm_value = torch.stack([loss, norm]).tolist()  # A GPU is waited for once.
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            _log.warning(
-                "%s diverged at step %d of %d (recipe %s, seed %d)", self.arch.arch_id, self.step, self.total_steps, recipe.name, self.seed
-            )
+            if self.ranks.rank == 0:
+                where = (self.arch.arch_id, self.step, self.total_steps, recipe.name, self.seed)
+                _log.warning("%s diverged at step %d of %d (recipe %s, seed %d)", *where)
             self.diverged = True
             return
         self.optimizer.step()
@@ -290,7 +308,7 @@ class _Run:
         self.loss_steps += 1
 
     def _compute_gradients(self, x_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave clipped gradients in the parameters; the loss, and the gradients' norm before it was clipped."""
+        """Leave the batch's clipped gradients in the parameters; its loss, and the gradients' norm before it was clipped."""
         import torch
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -299,8 +317,11 @@ class _Run:
         if self.teacher is not None:
             weight = self.recipe.teacher_weight
             loss = (1 - weight) * loss + weight * _distillation(logits, self.teacher(x_BCHW), self.recipe.teacher_temperature)
+        loss = loss * (len(x_BCHW) / self.batch_size)
         loss.backward()
-        return loss.detach(), torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        loss = loss.detach()
+        self.ranks.sum([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
+        return loss, torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
 
     def _update_average(self) -> None:
         import torch
@@ -337,7 +358,7 @@ class _Run:
 
     def _score_evaluated_state(self) -> tuple[float, float]:
         with self._averaged_weights():
-            return _score(self.model, self.val_images_BHWC, self.val_labels)
+            return _score(self.model, self.val_images_BHWC, self.val_labels, self.ranks)
 
     def _averaged_weights(self) -> Any:
         return nullcontext() if self.average is None else _Swapped(self.model, self.average)
@@ -349,10 +370,14 @@ class _Run:
         return self._state() if self.average is None else self.average
 
     def _cpu_seconds(self) -> float:
-        return self.cpu_seconds_before + self.cpu_clock() - self.cpu_started
+        """Of all processes, which all have to ask."""
+        return self.cpu_seconds_before + self.ranks.total(self.cpu_clock() - self.cpu_started)[0]
 
     def _save(self) -> None:
         if self.checkpoint is None:
+            return
+        cpu_seconds = self._cpu_seconds()
+        if self.ranks.rank != 0:
             return
         tensors = {f"model.{name}": value for name, value in self._state().items()}
         for index, parameter in enumerate(self.model.parameters()):
@@ -362,14 +387,14 @@ class _Run:
             tensors |= {f"average.{name}": value for name, value in self.average.items()}
         standing = {
             "step": self.step, "total_steps": self.total_steps, "diverged": self.diverged, "loss_sum": self.loss_sum,
-            "loss_steps": self.loss_steps, "cpu_seconds": self._cpu_seconds(), "curve": [_point_to_list(p) for p in self.curve],
+            "loss_steps": self.loss_steps, "cpu_seconds": cpu_seconds, "curve": [_point_to_list(p) for p in self.curve],
         }  # fmt: skip
         save_tensors(self.checkpoint, portable(tensors), {**self.identity, **standing})
 
     def _resume(self, path: Path) -> None:
         import torch
 
-        loaded = load_checkpoint(path, self.identity)
+        loaded = self.ranks.agreed(load_checkpoint(path, self.identity) if self.ranks.rank == 0 else None)
         if loaded is None:
             return
         tensors, standing = loaded
@@ -444,17 +469,23 @@ def _teacher(teacher: str, num_classes: int) -> nn.Module:
     return own_teacher(files[0], files[1], num_classes=num_classes, mean=IMAGE_MEAN, std=IMAGE_STD)
 
 
-def augmented(images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator) -> Tensor:
-    """The `chosen` of uint8 `images_BHWC`, each shifted and mirrored at random."""
+def augmented(
+    images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator, *, part: tuple[np.ndarray, int] | None = None
+) -> Tensor:
+    """The `chosen` of uint8 `images_BHWC`, each shifted and mirrored at random.
+
+    `part`: the places of the chosen in a batch, and its size, where they are not all of it; `rng` draws for the whole batch.
+    """
     import torch
 
     n, px = len(chosen), images_BHWC.shape[1]
+    places, drawn = (np.arange(n), n) if part is None else part
     device = images_BHWC.device
     reach = round(recipe.shift * px)
-    shifts = rng.integers(-reach, reach + 1, size=(2, n, 1))
+    shifts = rng.integers(-reach, reach + 1, size=(2, drawn, 1))[:, places]
     rows, columns = np.clip(np.arange(px) + shifts, 0, px - 1)
     if recipe.flip:
-        columns = np.where(rng.random((n, 1)) < 0.5, columns[:, ::-1], columns)
+        columns = np.where((rng.random((drawn, 1)) < 0.5)[places], columns[:, ::-1], columns)
     # One gather from a flat list of pixels: a third of the time of indexing with three tensors.
     pixels = (
         chosen.to(device)[:, None, None] * (px * px) + as_tensor(rows * px).to(device)[:, :, None] + as_tensor(columns).to(device)[:, None]
@@ -471,21 +502,23 @@ def normalised(images_BHWC: Tensor) -> Tensor:
     return ((images_BHWC.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) of `model` on uint8 images of its own resolution."""
+def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor, ranks: Ranks | None = None) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of `model` on uint8 images of its own resolution, whose batches `ranks` deal out."""
     import torch
     import torch.nn.functional as F
 
+    ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
     correct, loss = 0, 0.0
     with torch.inference_mode():
-        for start in range(0, len(labels), _EVALUATION_BATCH):
+        for start in range(ranks.rank * _EVALUATION_BATCH, len(labels), ranks.size * _EVALUATION_BATCH):
             batch = slice(start, start + _EVALUATION_BATCH)
             logits = model(normalised(images_BHWC[batch]))
             correct += int((logits.argmax(1) == labels[batch]).sum())
             loss += float(F.cross_entropy(logits, labels[batch], reduction="sum"))
     model.train(was_training)
+    correct, loss = ranks.total(correct, loss)
     return correct / len(labels), loss / len(labels)
 
 

@@ -129,6 +129,8 @@ class Recipe:
         values = {**dataclasses.asdict(self), "engine": ENGINE_VERSION}
         del values["name"], values["evaluate_at"], values["teacher"]
         values = {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
+        if self.random_crop or self.auto_augment or self.erasing:
+            values["drawn"] = "image by image"  # Before, one draw followed another through the batch.
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     @property

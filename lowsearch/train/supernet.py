@@ -4,8 +4,7 @@ A step trains several networks on the same images (sandwich rule, BigNAS, arXiv 
 some random ones on what the largest just said (in-place distillation). The largest of a space can cost ten times what anybody wants of it,
 and nearly all of the time; within a limit on MACs no network is the largest, and the largest of a handful is drawn anew in every step.
 What is drawn is keyed by (seed, step). So a training that was killed and resumed ends with the same weights, and under torchrun all
-processes train the same networks, each on its part of the images. Gradients are summed by hand, once a step: torch's own wrapper expects
-the same weights in every pass, and the passes of a sandwich have different ones.
+processes train the same networks, each on its share of the images (`distributed`).
 `docs/formats.md` describes the folder. Read by `accuracy.supernet`.
 
 Legend: B batch, C channels, H height, W width.
@@ -17,10 +16,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +32,7 @@ from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.files import write_atomically
 from lowsearch.space import SearchSpace
 from lowsearch.train.checkpoint import load_checkpoint, load_tensors, save_tensors
+from lowsearch.train.distributed import Ranks, require_shares
 from lowsearch.train.engine import as_tensor, augmented, learning_rate_factor, normalised, portable, resized
 from lowsearch.train.recipe import Recipe
 
@@ -85,10 +83,7 @@ class SupernetPlan:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.n_random < 0 or self.processes < 1:
             raise UsageError(f"a supernet needs at least one step and one process, not {self.steps} and {self.processes}")
-        if self.recipe.batch_size < 2 * self.processes:
-            raise UsageError(
-                f"a batch of {self.recipe.batch_size} images is too small for {self.processes} processes", hint="2 images each, at least"
-            )
+        require_shares(self.recipe.batch_size, self.processes)
 
     @property
     def supernet_hash(self) -> str:
@@ -124,70 +119,6 @@ def read_plan(folder: Path) -> SupernetPlan | None:
         return SupernetPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
         raise StudyError(f"{path} is damaged: {error}", hint="remove its folder to train the supernet again") from error
-
-
-class Ranks:
-    """The processes that train one supernet together; alone, there is nothing to say to each other."""
-
-    rank, size = 0, 1
-
-    def sum(self, gradients: list[Tensor]) -> None:
-        """Replace every gradient by its sum over the processes, in place."""
-
-    def agreed(self, value: int) -> int:
-        """What the first process says."""
-        return value
-
-    def wait(self) -> None:
-        """Until every process is here."""
-
-
-class _Launched(Ranks):
-    """As torchrun started them."""
-
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def sum(self, gradients: list[Tensor]) -> None:
-        import torch
-        import torch.distributed as dist
-
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-    def agreed(self, value: int) -> int:
-        import torch.distributed as dist
-
-        said = [value]
-        dist.broadcast_object_list(said)
-        return said[0]
-
-    def wait(self) -> None:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
-@contextmanager
-def launched_ranks(device: str) -> Iterator[Ranks]:
-    """The processes that torchrun started with this one; just this one where it did not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        yield Ranks()
-        return
-    import torch
-    import torch.distributed as dist
-
-    if device != "cpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    try:
-        yield _Launched()
-    finally:
-        dist.destroy_process_group()
 
 
 def train_supernet(
@@ -415,7 +346,7 @@ class _Training:
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.labels))
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-        mine = as_tensor(batch[self.ranks.rank :: self.ranks.size]).to(self.device)
+        mine = as_tensor(batch[self.ranks.share(len(batch))]).to(self.device)
         networks = self.networks()
         self.optimizer.zero_grad(set_to_none=True)
         taught: Tensor | None = None
