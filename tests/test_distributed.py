@@ -5,6 +5,7 @@ Run as a script, this file is one of the processes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ from test_train import SMALL
 
 from lowsearch.cli import invoke
 from lowsearch.errors import UsageError
-from lowsearch.train import Recipe, TrainResult, train
+from lowsearch.train import Recipe, TrainResult, distributed, train
 from lowsearch.train.augment import Augmentation, drawing_from
 from lowsearch.train.checkpoint import load_tensors
 from lowsearch.train.distributed import Ranks, _Launched, launched_ranks
@@ -106,6 +107,8 @@ def trained_together(folder: Path) -> None:
         }
         for name, result in results.items():
             torch.save({"weights": result.weights, "curve": _curve(result)}, folder / f"{name}-{ranks.rank}.pt")
+        distributed.launched_ranks = lambda device: contextlib.nullcontext(ranks)  # A process meets the others once.
+        assert invoke(arguments(folder)) == 0
 
 
 def _curve(result: TrainResult) -> list[float]:
@@ -126,6 +129,8 @@ def test_two_processes_train_what_one_trains_and_go_on_for_each_other(tmp_path: 
     train(SMALL, images, EVERYTHING, seed=3, until=0.5, checkpoint=tmp_path / "alone.safetensors")
     done = subprocess.run([*LAUNCH, __file__, str(tmp_path)], capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "trained" / "metrics.json").read_text())
+    assert json.loads(done.stdout) == {**metrics, "folder": str(tmp_path / "trained")}, "one of them tells"
 
     expected = {"through": alone, "continued": alone, "odd": train(SMALL, images, ODD, seed=0)}
     for name, result in expected.items():
@@ -143,11 +148,13 @@ def test_two_processes_train_what_one_trains_and_go_on_for_each_other(tmp_path: 
 
 def arguments(folder: Path) -> list[str]:
     (folder / "arch.json").write_text(SMALL.to_json())
-    recipe = [word for field in ("train_images=96", "batch_size=24", "epochs=10") for word in ("--recipe-set", field)]
+    recipe = [word for field in ("train_images=96", "batch_size=24", "epochs=3", "evaluate_at=[1.0]") for word in ("--recipe-set", field)]
     return ["train", str(folder / "arch.json"), "--out", str(folder / "trained"), "--json", *recipe]
 
 
-def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_resumes(tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     meeting = {**ONE_THREAD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -166,10 +173,8 @@ def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_r
     ]
     assert load_tensors(tmp_path / "trained" / "checkpoint.safetensors")[1]["step"] == DIES_AT - 1
 
-    done = subprocess.run([*LAUNCH, "-m", "lowsearch", *arguments(tmp_path)], capture_output=True, text=True, timeout=240, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-2000:]
-    metrics = json.loads((tmp_path / "trained" / "metrics.json").read_text())
-    assert json.loads(done.stdout) == {**metrics, "folder": str(tmp_path / "trained")}
+    assert invoke(arguments(tmp_path)) == 0
+    assert json.loads(capsys.readouterr().out)["val_accuracy"] > 0
     assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == ["arch.json", "metrics.json", "model.safetensors"]
 
 
