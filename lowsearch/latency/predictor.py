@@ -263,7 +263,7 @@ class LatencyPredictor:
         """`relative_std` and `_block_scale` from errors (n,) of networks that were left out of the fit, and of the same in it.
 
         A network at the edge of its space pulls the fit towards itself, and is far off without: its leverage h shrinks the error that is
-        left to (1 - h) of the one without it, whose square overstates the variance by 1 / (1 - h). The product of both is that variance (for
+        left to (1 - h) of the one without it, whose square overstates the variance by 1 / (1 - h). Their product is that variance (for
         least squares), and a new network adds the leverage that networks have on average.
 
         The block models say how the spread is shared out: networks with more unmeasured blocks are less certain. How large it is, the
