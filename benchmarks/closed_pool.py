@@ -14,6 +14,7 @@ seed by seed? N is 150 where the pool has 300 networks, else half of it. Writes 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -21,11 +22,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +50,27 @@ from lowsearch.search import pareto
 from lowsearch.search.estimates import Estimator, reference_values
 from lowsearch.search.foreign import N_STARTUP, gene_distributions
 from lowsearch.search.objectives import parse_objectives
-from lowsearch.search.sampler import LowSearchSampler, gene_indices
+from lowsearch.search.sampler import LowSearchSampler, TrainCost, gene_indices
 from lowsearch.search.samplers import POPULATION
 from lowsearch.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "closed_pool.json"
 TABLE = ROOT / "latency_tables" / "shipped" / "amd-epyc-f26-m2-2vcpu" / "onnxruntime-fp32-b1-t1.jsonl"
+DRAWN = 100
 PEERS = ("nsga2", "tpe", "gp", "random")
 OBJECTIVES = parse_objectives("acc-latency")
 
 
 class Pool:
-    """The trained networks: genomes (n, n_genes), values (n, 2) and records."""
+    """The trained networks: genomes (n, n_genes), values (n, 2) and records. `draw`: a random `DRAWN` of them, by that seed."""
 
-    def __init__(self, *, part: str = "all") -> None:
+    def __init__(self, *, part: str = "all", draw: int | None = None) -> None:
         stored = json.loads((RESULTS.parent / "network_pool.json").read_text())
         self.space = SearchSpace.load(stored["space"])
         rows = [row for i, row in enumerate(stored["networks"]) if part == "all" or i % 2 == ("even", "odd").index(part)]
+        if draw is not None:
+            rows = [rows[i] for i in np.sort(np.random.default_rng(draw).choice(len(rows), DRAWN, replace=False))]
         self.latency = LatencyPredictor(self.space, LatencyTable.load(TABLE))
         self.genomes = self.space.canonical(np.array([row["genome"] for row in rows], dtype=np.int8))
         self.records = [records_of(stored, row, self.space) for row in rows]
@@ -119,15 +124,17 @@ def genome_of(trial: FrozenTrial, space: SearchSpace) -> np.ndarray:
     return np.array([trial.params[gene.name] for gene in space.genes], dtype=np.int8)
 
 
-def ours(pool: Pool, seed: int, seen: list[int]) -> BaseSampler:
+def ours(pool: Pool, seed: int, seen: list[int], train_cost: TrainCost | None = None) -> BaseSampler:
     """The predictor is that of studies: fitted anew on every training that the search has paid for."""
+    untrained = AccuracyPredictor(pool.space)
 
     def newest() -> AccuracyPredictor:
-        return AccuracyPredictor(pool.space).fit([record for i in seen for record in pool.records[i]])
+        return copy.copy(untrained).fit([record for i in seen for record in pool.records[i]])
 
     return LowSearchSampler(
-        pool.space, latency=pool.latency, accuracy=newest, objectives=OBJECTIVES, reference=pool.worst, seed=seed, candidates=pool.genomes
-    )
+        pool.space, latency=pool.latency, accuracy=newest, objectives=OBJECTIVES, reference=pool.worst, seed=seed, candidates=pool.genomes,
+        train_cost=train_cost,
+    )  # fmt: skip
 
 
 OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
@@ -137,20 +144,28 @@ OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
 }
 
 
-def run(pool: Pool, sampler: str, seed: int, n: int) -> list[float]:
-    """Shares of the hypervolume after 1 to n trainings."""
+def trainings(pool: Pool, sampler: str, seed: int, seen: list[int], train_cost: TrainCost | None = None) -> Iterator[int]:
+    """The networks that `sampler` trains, by their places in the pool. They are in `seen` when they are yielded."""
     if sampler == "random":
-        return pool.shares(np.random.default_rng(seed).permutation(len(pool.genomes))[:n].tolist())
-    seen: list[int] = []
-    inner = ours(pool, seed, seen) if sampler == "lowsearch" else Nearest(OPTUNAS[sampler](seed), pool)
+        for index in np.random.default_rng(seed).permutation(len(pool.genomes)):
+            seen.append(int(index))
+            yield seen[-1]
+        return
+    inner = ours(pool, seed, seen, train_cost) if sampler == "lowsearch" else Nearest(OPTUNAS[sampler](seed), pool)
     study = optuna.create_study(directions=OBJECTIVES.directions, sampler=inner)
-    for _ in range(n):
+    while len(seen) < len(pool.genomes):
         trial = study.ask()
         genome = np.array([trial.suggest_int(gene.name, 0, len(gene.choices) - 1) for gene in pool.space.genes], dtype=np.int8)
         seen.append(pool.index(genome))
         study.tell(trial, pool.values[seen[-1]].tolist())
-    assert len(set(seen)) == n
-    return pool.shares(seen)
+        yield seen[-1]
+
+
+def run(pool: Pool, sampler: str, seed: int, n: int) -> list[float]:
+    """Shares of the hypervolume after 1 to n trainings."""
+    chosen = list(islice(trainings(pool, sampler, seed, []), n))
+    assert len(set(chosen)) == n
+    return pool.shares(chosen)
 
 
 def trainings_of(pool: Pool) -> int:

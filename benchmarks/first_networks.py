@@ -22,12 +22,15 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
 from predictor_exam import records_of, rho
 
 from lowsearch.accuracy.predictor import AccuracyPredictor
@@ -36,7 +39,7 @@ from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.table import LatencyTable
 from lowsearch.search import pareto, promotion
 from lowsearch.search.estimates import Estimator, reference_values
-from lowsearch.search.sampler import WHOLE_SCHEDULE, Evolution, LowSearchSampler, gene_indices
+from lowsearch.search.sampler import WHOLE_SCHEDULE, Evolution, LowSearchSampler, gene_indices, suggest_genome
 from lowsearch.space import SearchSpace
 from lowsearch.train import CurvePoint
 
@@ -52,6 +55,7 @@ POLICIES: dict[str, tuple[int, float, bool]] = {
 }  # fmt: skip
 """By name, how many networks the diverse start has, its share of the proposals until it is complete, and whether they are trained to the
 end whatever they promise, or climb the ladder as the others do."""
+EVOLUTION = Evolution(initial=1024, parents=128, children=512, generations=8, shortlist=256)
 SEED_STD = 0.005
 N_FINALISTS = 12
 
@@ -155,61 +159,93 @@ class World:
         return float(np.random.default_rng([self.seed, stream, *genome.astype(np.uint8)]).normal())
 
 
-def replay_space(replay: Replay, world: World, policy: str) -> tuple[float, float]:
-    """(Spearman on random networks, true hypervolume of the finalists beyond the family's, as a share of it) of one replayed study."""
-    space = replay.space
-    start, share, to_the_end = POLICIES[policy]
-    records: dict[bytes, AccuracyRecord] = {}
-    predictor = replay.untrained
-    evolution = Evolution(initial=1024, parents=128, children=512, generations=8, shortlist=256, start_share=share)
-    sampler = replay.sampler(seed=world.seed, start=start, evolution=evolution, accuracy=lambda: predictor if records else None)
-    family = [space.encode(arch) for arch in space.family.values()]
-    sample = space.sample(2000, rng=np.random.default_rng(0))
-    reference = replay.costs(sample[:1], np.array([0.0]))[0]
-    reference[:] = -replay.reference["accuracy"], math.log(replay.reference["latency_ms"])
-    edges = promotion.slice_edges(replay.costs(sample, np.zeros(len(sample)))[:, 1], float(reference[1]))
-    trials: list[Any] = []
-    spent = 0.0
-    while spent < SPACE_BUDGET:
-        number = len(trials)
-        if number < len(family):
-            genome, whole, attrs = family[number], True, {}
-        else:
-            genome, _, is_start = sampler.proposal(trials, number=number)
-            whole, attrs = is_start and to_the_end, {WHOLE_SCHEDULE: is_start}
-        for rung in (0.5, 1.0):
-            records[genome.tobytes()] = record = world.record(genome, rung)
-            spent += 0.5
-            if rung < 1 and whole:
+Rivals = Literal["all", "climbers", "none goes on"]
+"""Whom a network has to stand out from to be trained further: all that reached the rung, or those of them that had to stand out, too."""
+
+
+class ReplayedStudy:
+    """A study whose trainings are those of a World. `price`: what the full training of a genome (n_genes,) takes of the budget."""
+
+    def __init__(self, replay: Replay, world: World, *, price: Callable[[np.ndarray], float] = lambda genome: 1.0) -> None:
+        self.replay, self.world, self.price = replay, world, price
+        self.records: dict[bytes, AccuracyRecord] = {}
+        """The furthest training of every network, in the order they were begun."""
+        self.predictor = replay.untrained
+        self.family = [replay.space.encode(arch) for arch in replay.space.family.values()]
+        self.reference = np.array([-replay.reference["accuracy"], math.log(replay.reference["latency_ms"])])
+        sample = replay.space.sample(2000, rng=np.random.default_rng(0))
+        self.edges = promotion.slice_edges(replay.costs(sample, np.zeros(len(sample)))[:, 1], float(self.reference[1]))
+        self.spent = 0.0
+        self.whole: set[bytes] = set()
+        """Networks that were to be trained to the end whatever they promised."""
+
+    def newest(self) -> AccuracyPredictor | None:
+        return self.predictor if self.records else None
+
+    def run(self, sampler: BaseSampler, *, to_the_end: bool = True, rivals: Rivals = "all") -> Iterator[float]:
+        """Trial after trial, the family first; yields what is spent after each. `to_the_end`: whether the diverse start climbs to the top
+        whatever it promises. `rivals`: whom the others are compared with at the first rung."""
+        replay, space = self.replay, self.replay.space
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        for genome in self.family:
+            study.enqueue_trial(gene_indices(genome, space))
+        while True:
+            trial = study.ask()
+            genome = suggest_genome(trial, space)
+            if genome.tobytes() in self.records:
+                study.tell(trial, state=TrialState.PRUNED)
                 continue
-            predictor = replay.fitted(list(records.values()))
-            if rung < 1:
-                mean, std = predictor.posterior(np.array([np.frombuffer(g, dtype=np.int8) for g in records]))
-                members = np.array([np.frombuffer(g, dtype=np.int8) for g in records])
-                own = list(records).index(genome.tobytes())
-                found = promotion.standing(
-                    replay.costs(members, mean), std, own=own, at_rung=np.ones(len(members), dtype=bool), edges=edges, reference=reference
-                )
-                if not found.may_go_on:
+            whole = trial.number < len(self.family) or (to_the_end and bool(trial.user_attrs.get(WHOLE_SCHEDULE)))
+            if whole:
+                self.whole.add(genome.tobytes())
+            for rung in (0.5, 1.0):
+                self.records[genome.tobytes()] = record = self.world.record(genome, rung)
+                self.spent += 0.5 * self.price(genome)
+                if rung < 1 and whole:
+                    continue
+                self.predictor = replay.fitted(list(self.records.values()))
+                if rung < 1 and not self._may_go_on(genome, rivals):
                     break
-        value = predictor.predict_record(record)[0]
-        trials.append(
-            optuna.trial.create_trial(
-                params=gene_indices(genome, space), distributions=sampler._distributions,
-                values=[value, float(replay.latency.predict(genome[None])[0][0])], user_attrs=attrs,
-                system_attrs={"fixed_params": {}} if number < len(family) else {},
-            )
-        )  # fmt: skip
-    test = space.sample(600, rng=np.random.default_rng([7, world.seed]))
-    test = test[replay.costs(test, np.zeros(len(test)))[:, 1] < reference[1]][:300]
-    proposals = np.array([np.frombuffer(g, dtype=np.int8) for g in records])[len(family) :]
-    mean, std = predictor.posterior(proposals)
-    costs = replay.costs(proposals, mean)
-    noise = np.random.default_rng(world.seed).normal(size=(32, len(proposals)))
-    draws = np.stack([costs[:, 0] + noise * std, np.broadcast_to(costs[:, 1], noise.shape)], axis=2)
-    finalists = proposals[pareto.greedy_cover(draws, reference, N_FINALISTS)]
-    ours, theirs = (replay.volume(genomes, world.truth(genomes)) for genomes in (finalists, np.array(family)))
-    return rho(predictor.predict_exact(test)[0], world.truth(test)), ours / theirs - 1
+            value = self.predictor.predict_record(record)[0]
+            study.tell(trial, [value, float(replay.latency.predict(genome[None])[0][0])])
+            yield self.spent
+
+    def _may_go_on(self, genome: np.ndarray, rivals: Rivals) -> bool:
+        if rivals == "none goes on":
+            return False
+        members = self._members()
+        mean, std = self.predictor.posterior(members)
+        at_rung = np.array([rivals == "all" or member not in self.whole for member in self.records])
+        return promotion.standing(
+            self.replay.costs(members, mean), std, own=list(self.records).index(genome.tobytes()), at_rung=at_rung,
+            edges=self.edges, reference=self.reference,
+        ).may_go_on  # fmt: skip
+
+    def _members(self) -> np.ndarray:
+        return np.array([np.frombuffer(genome, dtype=np.int8) for genome in self.records])
+
+    def outcome(self) -> tuple[float, float]:
+        """(Spearman on random networks, true hypervolume of the finalists beyond the family's, as a share of it)."""
+        replay, world = self.replay, self.world
+        test = replay.space.sample(600, rng=np.random.default_rng([7, world.seed]))
+        test = test[replay.costs(test, np.zeros(len(test)))[:, 1] < self.reference[1]][:300]
+        proposals = self._members()[len(self.family) :]
+        mean, std = self.predictor.posterior(proposals)
+        costs = replay.costs(proposals, mean)
+        noise = np.random.default_rng(world.seed).normal(size=(32, len(proposals)))
+        draws = np.stack([costs[:, 0] + noise * std, np.broadcast_to(costs[:, 1], noise.shape)], axis=2)
+        finalists = proposals[pareto.greedy_cover(draws, self.reference, N_FINALISTS)]
+        ours, theirs = (replay.volume(genomes, world.truth(genomes)) for genomes in (finalists, np.array(self.family)))
+        return rho(self.predictor.predict_exact(test)[0], world.truth(test)), ours / theirs - 1
+
+
+def replay_space(replay: Replay, world: World, policy: str) -> tuple[float, float]:
+    """The outcome of one replayed study by `policy`."""
+    start, share, to_the_end = POLICIES[policy]
+    study = ReplayedStudy(replay, world)
+    sampler = replay.sampler(seed=world.seed, start=start, evolution=replace(EVOLUTION, start_share=share), accuracy=study.newest)
+    next(spent for spent in study.run(sampler, to_the_end=to_the_end) if spent >= SPACE_BUDGET)
+    return study.outcome()
 
 
 # The outcome -----------------------------------------------------------------------------------------------------------

@@ -125,6 +125,40 @@ def test_of_a_fixed_list_every_candidate_is_proposed_once_and_the_front_first(ac
         sampler.propose(study.get_trials(), number=60)
 
 
+class FakeCost:
+    """Training takes a second for a million MACs."""
+
+    def __call__(self, genomes):
+        return SCORE(genomes)[:, 0] / 1e6
+
+
+def test_where_a_cost_is_told_the_largest_gain_for_it_is_proposed():
+    candidates = SPACE.sample(60, rng=np.random.default_rng(0))
+    settings = dataclasses.replace(SMALL, explore=0.0, learn=0.0)
+    costs = make_sampler().objectives.costs(truth(candidates, ("accuracy", "latency_ms")))
+    gains = pareto.expected_gain(costs, FakeAccuracy().predict(candidates)[1], np.empty((0, 2)), make_sampler()._reference)
+    for train_cost, worth in ((None, gains), (FakeCost(), gains / FakeCost()(candidates))):
+        proposal = make_sampler(candidates=candidates, evolution=settings, train_cost=train_cost).proposal([], number=0)
+        assert (proposal.genome == candidates[np.argmax(worth)]).all()
+        assert proposal.why.startswith(f"expected gain {gains[np.argmax(worth)]:.2g}")
+    assert np.argmax(gains) != np.argmax(gains / FakeCost()(candidates))
+
+
+def test_a_population_evolves_towards_gain_for_cost():
+    plain, frugal = (make_sampler(evolution=Evolution(explore=0.0, learn=0.0), train_cost=cost_) for cost_ in (None, FakeCost()))
+    by_gain, by_worth = plain.propose([], number=0), frugal.propose([], number=0)
+    genomes = np.stack([by_gain, by_worth])
+    costs = plain.objectives.costs(truth(genomes, ("accuracy", "latency_ms")))
+    gains = pareto.expected_gain(costs, FakeAccuracy().predict(genomes)[1], np.empty((0, 2)), plain._reference)
+    assert gains[0] > gains[1] and np.argmax(gains / FakeCost()(genomes)) == 1
+
+
+def test_a_cost_that_is_the_same_for_all_changes_nothing():
+    _, plain = run(make_sampler(), 6)
+    _, priced = run(make_sampler(train_cost=lambda genomes: np.full(len(genomes), 4.0)), 6)
+    assert (plain == priced).all()
+
+
 def test_limits_hold_with_the_margin_of_the_prediction():
     limits = parse_limits(maxima=["latency_ms=0.3", "params=120000"], minima=["macs=1.5e6"])
     _, genomes = run(make_sampler(limits=limits), 12)

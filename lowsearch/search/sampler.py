@@ -78,6 +78,11 @@ class Evolution:
     benchmarks/first_networks.py found it: the predictor gains, and a search that ends early has not spent its budget on learning."""
 
 
+TrainCost = Callable[[np.ndarray], np.ndarray]
+"""Genomes (n, n_genes) -> what training each of them costs, (n,), positive, in any unit. It has to give the same for the same genomes, or
+a resumed study proposes others."""
+
+
 class Proposal(NamedTuple):
     """A network, and why it."""
 
@@ -111,11 +116,14 @@ class LowSearchSampler(BaseSampler):
         start: int = 0,
         evolution: Evolution | None = None,
         candidates: np.ndarray | None = None,
+        train_cost: TrainCost | None = None,
     ) -> None:
         """`latency`: a model, or a Fleet of them for several devices, of which every other proposal is then for one alone, in turn.
         `accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
         `candidates`: genomes (n, n_genes), the only networks that may be proposed, such as a list that was trained before.
         `start`: how many random networks, spread over latency, are proposed early on for the model to learn from.
+        `train_cost`: what an expected gain is divided by where the budget is time rather than a number of trainings, such as
+        `training_time.TrainingTime(space)`. Studies of `lowsearch run` do without: docs/search.md says why.
         `reference`: worst value by metric; by default `estimates.reference_values`. `batch` and `precision` are those of `latency`.
         """
         self.space = space
@@ -126,6 +134,7 @@ class LowSearchSampler(BaseSampler):
         self._candidates = None if candidates is None else space.canonical(candidates)
         self._accuracy = accuracy
         self.start = start
+        self._train_cost = train_cost
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
         check_models(self.objectives, limits, latency=latency, energy=energy)
         values = dict(reference) if reference is not None else reference_values(self._estimator, chance_accuracy=1 / space.num_classes)
@@ -312,13 +321,14 @@ class LowSearchSampler(BaseSampler):
             where = f" in slice {slice_ + 1} of {settings.niches}"
         exact = getattr(accuracy, "predict_exact", None)
         if exact is not None:
-            best = pool.take(np.argsort(-(pool.std if learns else pool.gain), kind="stable")[: settings.shortlist])
+            best = pool.take(np.argsort(-(pool.std if learns else pool.worth), kind="stable")[: settings.shortlist])
             pool = _Pool.of(best.genomes, self, front, _Exact(exact), estimator)
         if learns:
             i = int(np.argmax(pool.std))
             return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
-        i = int(np.argmax(pool.gain))
-        return Proposal(pool.genomes[i], f"expected gain {pool.gain[i]:.2g}{where}")
+        i = int(np.argmax(pool.worth))
+        price = "" if self._train_cost is None else f" for a cost of {self._train_cost(pool.genomes[i : i + 1])[0]:.2g}"
+        return Proposal(pool.genomes[i], f"expected gain {pool.gain[i]:.2g}{price}{where}")
 
     def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> NothingLeftError:
         limits = ", ".join(map(str, self.limits)) or "none"
@@ -352,6 +362,8 @@ class _Pool:
     genomes: np.ndarray
     gain: np.ndarray
     """Expected hypervolume gain."""
+    worth: np.ndarray
+    """The gain for what the training costs; the gain itself where no cost is told."""
     excess: np.ndarray
     optimistic: np.ndarray
     """First cost at two standard deviations below its mean."""
@@ -368,11 +380,12 @@ class _Pool:
         broken = excess(estimates, sampler.limits)
         if accuracy is None and ACCURACY_KEY in sampler.objectives.metrics:  # Only how far a limit is broken can be told.
             zero = np.zeros(len(genomes))
-            return cls(genomes, zero, broken, zero, sampler._slices(estimates), zero)
+            return cls(genomes, zero, zero, broken, zero, sampler._slices(estimates), zero)
         costs = sampler._costs(estimates)
         std = estimates.std["accuracy"] if sampler.objectives.metrics[0] == ACCURACY_KEY else np.zeros(len(genomes))
         gain = pareto.expected_gain(costs, std, front, sampler._reference)
-        return cls(genomes, gain, broken, costs[:, 0] - 2 * std, sampler._slices(estimates), std)
+        worth = gain if sampler._train_cost is None else gain / sampler._train_cost(genomes)
+        return cls(genomes, gain, worth, broken, costs[:, 0] - 2 * std, sampler._slices(estimates), std)
 
     def take(self, which: np.ndarray) -> _Pool:
         return _Pool(*(getattr(self, f.name)[which] for f in fields(self)))
@@ -382,13 +395,13 @@ class _Pool:
         return pool.take(first_of_each(pool.genomes))
 
     def survivors(self, n: int, niches: int, rng: np.random.Generator) -> np.ndarray:
-        """Indices of at most `n`: half by gain, half the best by optimism in every slice; those that break limits less come first."""
+        """Indices of at most `n`: half by worth, half the best by optimism in every slice; those that break limits less come first."""
         tie = rng.random(len(self.genomes))
-        by_gain = np.lexsort((tie, -self.gain, self.excess))[: n // 2]
+        by_worth = np.lexsort((tie, -self.worth, self.excess))[: n // 2]
         by_slice = np.lexsort((tie, self.optimistic, self.excess, self.slices))
         ordered = self.slices[by_slice]
         rank_in_slice = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
-        return np.unique(np.concatenate([by_gain, by_slice[rank_in_slice < max(1, n // 2 // niches)]]))
+        return np.unique(np.concatenate([by_worth, by_slice[rank_in_slice < max(1, n // 2 // niches)]]))
 
 
 def suggest_genome(trial: Trial, space: SearchSpace) -> np.ndarray:
