@@ -168,9 +168,9 @@ def statistics(rows: list[dict[str, Any]], which: str) -> dict[str, Any]:
     """By policy and moment: the mean of every number with its interval, and its paired difference to today's."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {policy: {} for policy in POLICIES[which]}
     for row in rows:
-        if row["which"] == which and row["policy"] in found:
+        if row["which"] == which:
             found[row["policy"]][row["seed"]] = row["rows"]
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+    seeds = sorted(found[TODAY])
     result: dict[str, Any] = {}
     for policy, by_seed in found.items():
         result[policy] = {}
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no replay begins after these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--pool-seeds", type=int, default=20)
-    parser.add_argument("--space-seeds", type=int, default=24)
+    parser.add_argument("--space-seeds", type=int, default=20)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "replays.jsonl"
@@ -226,12 +226,13 @@ def main() -> None:
     if waiting:
         print(f"{len(waiting)} replays are left: call again")
         return
+    rows = [row for row in rows if row["seed"] < seeds[row["which"]]]
     weights, std = fitted_seconds()
     result = {
         "command": "python benchmarks/cost_aware.py", "date_utc": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {n: metadata.version(n) for n in ("lowsearch", "numpy", "optuna")},
         "seconds": {"weights": dict(zip(FEATURES, weights.round(4).tolist(), strict=True)), "std_of_log": round(std, 4)},
-        "finalists": N_FINALISTS, **{which: statistics(rows, which) for which in POLICIES},
+        "replays": seeds, "finalists": N_FINALISTS, **{which: statistics(rows, which) for which in POLICIES},
     }  # fmt: skip
     write_atomically(RESULTS, json.dumps(result, indent=1) + "\n")
     for which in POLICIES:
