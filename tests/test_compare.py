@@ -12,6 +12,7 @@ import torch
 
 from lowsearch import cost
 from lowsearch.errors import DeviceError, UsageError
+from lowsearch.latency import worker
 from lowsearch.latency.compare import ComparedNetwork, compare
 from lowsearch.latency.measure import Effort, Request, steps
 from lowsearch.latency.target import Device, Target, attached_devices
@@ -108,11 +109,22 @@ def test_a_name_nobody_knows_is_one_clear_line(name: str, message: str) -> None:
         compared([name])
 
 
+def test_a_network_of_timm_takes_the_number_of_classes_that_is_asked_for() -> None:
+    own, few = count_timm("resnet18", 64), count_timm("resnet18", 64, 10)
+    assert own.params - few.params == (1000 - 10) * (512 + 1)
+    assert own.macs - few.macs == (1000 - 10) * 512
+    module, *_ = worker.build(TimmNetwork("test_efficientnet", 32, 10))
+    with torch.no_grad():
+        assert module(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_a_timm_network_travels_as_json_and_gets_its_place_in_a_step() -> None:
     import numpy as np
 
     item = TimmNetwork("resnet18", 192)
-    assert item_from_dict(json.loads(json.dumps(item_to_dict(item)))) == item
+    for one in (item, TimmNetwork("resnet18", 192, 10)):
+        assert item_from_dict(json.loads(json.dumps(item_to_dict(one)))) == one
+    assert item_from_dict({"timm": "resnet18", "resolution_px": 192}) == item, "as it was written before there was a choice"
     timing = Timing(item=item, process=1, hot_ms=(1.0, 2.0))
     assert Timing.from_dict(json.loads(json.dumps(timing.to_dict()))) == timing
     items = [item, *PRESETS.values()]

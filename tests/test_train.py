@@ -26,7 +26,7 @@ from lowsearch.arch import Arch, Attention, Stage, Stem
 from lowsearch.data import ImageData, Split
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.model.lowformer import build_model
-from lowsearch.train import RECIPES, Recipe, TrainResult, evaluate, recipe, train
+from lowsearch.train import RECIPES, OtherNetwork, Recipe, TrainResult, evaluate, recipe, train
 from lowsearch.train.checkpoint import load_tensors
 from lowsearch.train.engine import _Run, _score, augmented, learning_rate_factor, resized
 from lowsearch.train.recorded import Recorded
@@ -206,6 +206,32 @@ def test_training_learns(images: ImageData) -> None:
     assert result.val_accuracy > 0.5
     assert result.curve[-1].train_loss < result.curve[0].train_loss
     assert result.val_accuracy == evaluate(result.model(), images.val, 32)
+
+
+def two_layers(resolution_px: int = 32) -> OtherNetwork:
+    """Two convolutions with norms: no network of ours."""
+
+    def build(seed: int, drop_path: float) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        layers = [torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(drop_path)]
+        return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(32, 10))
+
+    return OtherNetwork(arch_id="two-layers", resolution_px=resolution_px, num_classes=10, total_stride=4, build=build)
+
+
+def test_another_network_is_trained_as_ours_are_and_resumes_bit_identical(images: ImageData, tmp_path: Path) -> None:
+    schedule = dataclasses.replace(BRIEF, mlp_dropout=0.0, epochs=8, learning_rate=0.03)
+    through = train(two_layers(48), images, schedule, seed=3)
+    assert through.val_accuracy == evaluate(through.model(), images.val, 48) > 0.2
+    train(two_layers(48), images, schedule, seed=3, until=0.4, checkpoint=tmp_path / "c.safetensors")
+    resumed = train(two_layers(48), images, schedule, seed=3, checkpoint=tmp_path / "c.safetensors")
+    assert all(torch.equal(through.weights[name], resumed.weights[name]) for name in through.weights)
+    assert not torch.equal(through.weights["0.weight"], train(two_layers(48), images, schedule, seed=4).weights["0.weight"])
+
+
+def test_what_only_our_networks_have_is_refused_for_another(images: ImageData) -> None:
+    with pytest.raises(UsageError, match="mlp_dropout 0.1, which two-layers does not know"):
+        train(two_layers(), images, BRIEF, seed=0)
 
 
 def test_deeper_network_starts_as_its_shallower_neighbour_and_trains_no_worse(images: ImageData) -> None:

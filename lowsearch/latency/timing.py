@@ -23,6 +23,8 @@ class TimmNetwork:
 
     name: str
     resolution_px: int
+    num_classes: int | None = None
+    """None for as many as timm gives it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Layer:
 Network = Arch | TimmNetwork
 Item = Block | Layer | Network | MemoryRead
 
-_ITEM_KEYS = ("block", "layer", "arch", "memory_bytes", "timm", "resolution_px")
+_ITEM_KEYS = ("block", "layer", "arch", "memory_bytes", "timm", "resolution_px", "num_classes")
 
 STATES = ("hot", "warm", "cold")
 """The states of the caches that a block is timed in; docs/measurement.md."""
@@ -187,7 +189,7 @@ def item_to_dict(item: Item) -> dict[str, Any]:
     if isinstance(item, MemoryRead):
         return {"memory_bytes": item.n_bytes}
     if isinstance(item, TimmNetwork):
-        return {"timm": item.name, "resolution_px": item.resolution_px}
+        return {"timm": item.name, "resolution_px": item.resolution_px, "num_classes": item.num_classes}
     if isinstance(item, Layer):
         return {"layer": asdict(item)}
     return {"arch": item.to_dict()} if isinstance(item, Arch) else {"block": block_to_dict(item)}
@@ -197,7 +199,7 @@ def item_from_dict(values: Mapping[str, Any]) -> Item:
     if "memory_bytes" in values:
         return MemoryRead(int(values["memory_bytes"]))
     if "timm" in values:
-        return TimmNetwork(str(values["timm"]), int(values["resolution_px"]))
+        return TimmNetwork(str(values["timm"]), int(values["resolution_px"]), values.get("num_classes"))
     if "layer" in values:
         return Layer(**values["layer"])
     return Arch.from_dict(values["arch"]) if "arch" in values else block_from_dict(values["block"])

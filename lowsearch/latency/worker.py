@@ -204,7 +204,7 @@ def _prepare(expected: _Expected, target: Target, bench: Bench) -> Prepared:
 def build(item: Block | Layer | Network) -> tuple[nn.Module, int, int, str]:
     """`item` as a module; channels and resolution (px) of its input; what to call it in a message."""
     if isinstance(item, TimmNetwork):
-        return build_timm(item.name, item.resolution_px), 3, item.resolution_px, f"network {item.name}"
+        return build_timm(item.name, item.resolution_px, item.num_classes), 3, item.resolution_px, f"network {item.name}"
     if isinstance(item, Arch):
         return build_model(item), 3, item.resolution_px, f"network {item.arch_id}"
     if isinstance(item, Layer):

@@ -24,10 +24,10 @@ def check_name(name: str) -> None:
         )
 
 
-def build_timm(name: str, resolution_px: int) -> nn.Module:
+def build_timm(name: str, resolution_px: int, num_classes: int | None = None) -> nn.Module:
     """timm's network `name` for square images of `resolution_px`, with random weights, in eval mode.
 
-    Raises UsageError where the network does not take that resolution.
+    `num_classes`: None for as many as timm gives it. Raises UsageError where the network does not take that resolution.
     """
     import timm
     from timm.utils.model import reparameterize_model
@@ -35,19 +35,21 @@ def build_timm(name: str, resolution_px: int) -> nn.Module:
     check_name(name)
     config = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size and config.input_size[-1] != resolution_px
-    resized: dict[str, Any] = {"img_size": resolution_px} if fixed else {}
+    changed: dict[str, Any] = {"img_size": resolution_px} if fixed else {}
+    if num_classes is not None:
+        changed["num_classes"] = num_classes
     try:
-        model = timm.create_model(name, pretrained=False, exportable=True, **resized)
+        model = timm.create_model(name, pretrained=False, exportable=True, **changed)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise UsageError(f"{name} cannot be built for {resolution_px} px: {error}", hint="choose another --resolution") from error
     return reparameterize_model(model.eval())
 
 
-def count_timm(name: str, resolution_px: int) -> Cost:
+def count_timm(name: str, resolution_px: int, num_classes: int | None = None) -> Cost:
     """MACs by torch's FlopCounterMode and parameters of the network as deployed. Activations are not counted: 0."""
     with torch.device("meta"):
         image = torch.zeros(1, 3, resolution_px, resolution_px)
-        model = build_timm(name, resolution_px)
+        model = build_timm(name, resolution_px, num_classes)
     with FlopCounterMode(display=False) as counter:
         model(image)
     return Cost(macs=counter.get_total_flops() // 2, params=sum(p.numel() for p in model.parameters()))

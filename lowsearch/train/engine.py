@@ -60,10 +60,24 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OtherNetwork:
+    """A network from elsewhere, to be trained as ours are: what a training asks of an `Arch`, and how to build it."""
+
+    arch_id: str
+    """Names the network in checkpoints; the same name is taken for the same network."""
+    resolution_px: int
+    num_classes: int
+    total_stride: int
+    """`resolution_px` divides by it; a recipe of several resolutions draws multiples of it."""
+    build: Callable[[int, float], nn.Module]
+    """Called with a seed, which determines the initial weights, and the recipe's drop path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainResult:
     """A training up to a fraction of its schedule."""
 
-    arch: Arch
+    arch: Arch | OtherNetwork
     recipe: Recipe
     seed: int
     fraction: float
@@ -87,15 +101,13 @@ class TrainResult:
 
     def model(self) -> nn.Module:
         """The trained network, in evaluation mode."""
-        from lowsearch.model.lowformer import build_model
-
-        model = build_model(self.arch)
+        model = _built(self.arch, seed=self.seed)
         model.load_state_dict(self.weights)
         return model.eval()
 
 
 def train(
-    arch: Arch,
+    arch: Arch | OtherNetwork,
     data: ImageData,
     recipe: Recipe,
     *,
@@ -113,7 +125,8 @@ def train(
     `init`: the state dict to start from, instead of random weights. `progress` hears the fraction of the schedule done after every step.
     `ranks`: the processes that train it together; all call this with the same arguments, and all get the result.
     Raises DataError when the data has other classes than `arch`, StudyError when the checkpoint belongs to another training,
-    CheckpointError when the recipe's teacher does not fit the data, and UsageError when a batch is too small for all `ranks`.
+    CheckpointError when the recipe's teacher does not fit the data, and UsageError when a batch is too small for all `ranks` or the
+    recipe asks of an `OtherNetwork` what only ours have.
     """
     if arch.num_classes != len(data.classes):
         raise DataError(
@@ -181,7 +194,7 @@ class _Run:
 
     def __init__(
         self,
-        arch: Arch,
+        arch: Arch | OtherNetwork,
         data: ImageData,
         recipe: Recipe,
         *,
@@ -193,8 +206,6 @@ class _Run:
         ranks: Ranks | None = None,
     ) -> None:
         import torch
-
-        from lowsearch.model.lowformer import build_model
 
         self.arch, self.recipe, self.seed, self.checkpoint, self.device, self.cpu_clock = arch, recipe, seed, checkpoint, device, cpu_clock
         self.ranks = ranks or Ranks()
@@ -221,7 +232,7 @@ class _Run:
             )
         self.teacher = None if recipe.teacher is None else _teacher(recipe.teacher, arch.num_classes).to(device)
 
-        model = build_model(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
+        model = _built(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
         if init is not None:
             model.load_state_dict(init)
         model = self.ranks.share_norms(model)
@@ -427,6 +438,17 @@ class _Swapped:
 
     def __exit__(self, *_: object) -> None:
         self.model.load_state_dict(self.own)
+
+
+def _built(arch: Arch | OtherNetwork, *, seed: int, drop_path: float = 0.0, mlp_dropout: float = 0.0) -> nn.Module:
+    if isinstance(arch, OtherNetwork):
+        if mlp_dropout:
+            hint = "--recipe-set mlp_dropout=0"
+            raise UsageError(f"the recipe has mlp_dropout {mlp_dropout}, which {arch.arch_id} does not know", hint=hint)
+        return arch.build(seed, drop_path)
+    from lowsearch.model.lowformer import build_model
+
+    return build_model(arch, seed=seed, drop_path=drop_path, mlp_dropout=mlp_dropout)
 
 
 def _step_of(fraction: float, total_steps: int) -> int:
