@@ -6,7 +6,7 @@
 1. For every study seed one `lowsearch run` (micro space, ONNX Runtime, two workers), `--minutes` of search each.
 2. Of every front up to `--points` proposals, all hand-made members, and networks of timm in the same size class go through one final
    recipe, that of the study, with the same `--seeds` fresh seeds; train images teach, test images are read once a training. timm's networks
-   are trained by the same engine, with random weights; NAME@PX says the resolution, to which images are resized as they are for ours.
+   are trained by the same engine, from random weights; NAME@PX says the resolution, to which images are resized as they are for ours.
 3. All are measured in fresh processes, interleaved, when nothing is trained any more.
 
 The points are chosen without test images (`choose`): for every member the study's own replacement, the proposal of its front that scores
@@ -72,7 +72,9 @@ SEED_STREAM = 2_000_003
 """Keeps the contest's seeds apart from those of the studies and of their own finals."""
 FASTER, BETTER_POINTS, MARGIN_POINTS = 1.3, 1.0, 0.5
 RUNTIME = "onnxruntime"
-TIMM = ("lcnet_035@64", "mobilenetv3_small_050@64")
+TIMM = ("lcnet_050@64", "mobilenetv3_small_050@64", "mobilenetv4_conv_small_050@64", "starnet_s050@64", "efficientvit_b0@64")
+"""0.4 to 2.1 M params and 2 to 9 M MACs with ten classes. Their stems and strides are as timm has them: 64 px leave them a last map of
+2x2, as 32 px leave the hand-made family; of 32 px one pixel would be left."""
 TIMM_STRIDE = 32
 ONE_THREAD = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
 
