@@ -314,6 +314,7 @@ def train_all(folder: Path, contest: Contest, schedule: Recipe, *, workers: int)
         return
     (folder / "logs").mkdir(exist_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--folder", str(folder)]
+    names = {row["key"]: row["name"] for row in contest.networks}
     crew: list[subprocess.Popen[bytes]] = []
     for i in range(workers):
         with (folder / "logs" / f"contest-{i}.log").open("a") as log:
@@ -326,7 +327,8 @@ def train_all(folder: Path, contest: Contest, schedule: Recipe, *, workers: int)
             if path not in done:
                 percent, seconds = 100 * found["test_accuracy"], found["cpu_seconds"]
                 left_min = _left_min(contest, now, workers)
-                _say(f"{len(now):3} of {total}: {found['network']:24} {percent:.2f} % in {seconds:.0f} s; {left_min:.0f} minutes left")
+                name = names[found["network"]]
+                _say(f"{len(now):3} of {total}: {name:26} {percent:.2f} % in {seconds:.0f} s; {left_min:.0f} minutes left")
         done = now
         if any(code not in (None, 0) for code in codes):
             for worker in crew:
