@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -28,7 +30,7 @@ from lowsearch.latency.measure import (
     run_requests,
     steps,
 )
-from lowsearch.latency.target import Device, Target
+from lowsearch.latency.target import Device, Target, resolve_target
 from lowsearch.latency.timing import Timing, latency_ms, row_error, verdict
 
 CPU = Device(slug="fake-cpu", kind="cpu", name="Fake")
@@ -238,6 +240,20 @@ def test_a_reader_that_leaves_takes_the_worker_with_it(monkeypatch: pytest.Monke
     timings = launch_worker(Request(target=TARGET, process=0, seed=0, effort=Effort(), steps=()))
     assert next(timings).item == BLOCK
     timings.close()  # kills the process instead of waiting for it
+
+
+def test_a_worker_ends_when_whoever_started_it_is_gone() -> None:
+    """In the middle of a step that would take hours."""
+    request = Request(target=resolve_target("cpu", "eager"), process=0, seed=0, effort=Effort(rounds=10**7), steps=((BLOCK,),))
+    command = [sys.executable, "-m", "lowsearch.latency.worker"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert worker.stdin
+    worker.stdin.write(request.to_json() + "\n")
+    worker.stdin.flush()
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(timeout=5)
+    worker.stdin.close()
+    assert worker.wait(timeout=60) == 1
 
 
 def test_a_networks_error_comes_from_its_processes() -> None:

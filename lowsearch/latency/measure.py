@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -349,7 +350,7 @@ def run_requests(requests: Sequence[Request], device: Device, *, launch: Launche
 
 
 def launch_worker(request: Request) -> Iterator[Timing]:
-    """Run `request` in a fresh Python process (worker.py). The process dies with its reader: its next result finds no pipe."""
+    """Run `request` in a fresh Python process (worker.py), which dies with this one."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(request.target.threads))
     # fp32 means fp32, also in the libraries that do not ask us.
     environment = {**os.environ, **threads, "NVIDIA_TF32_OVERRIDE": "0"}
@@ -364,8 +365,9 @@ def launch_worker(request: Request) -> Iterator[Timing]:
     listener = threading.Thread(target=lambda stream=worker.stderr: complaints.extend(stream), daemon=True)
     listener.start()
     try:
-        worker.stdin.write(request.to_json())
-        worker.stdin.close()
+        with suppress(BrokenPipeError):  # Of a process that died at once its exit code tells.
+            worker.stdin.write(request.to_json() + "\n")
+            worker.stdin.flush()
         for line in worker.stdout:
             values = json.loads(line)
             if "error" in values:
@@ -380,6 +382,8 @@ def launch_worker(request: Request) -> Iterator[Timing]:
             worker.kill()
             worker.wait()
         listener.join()
+        with suppress(BrokenPipeError):
+            worker.stdin.close()
         worker.stdout.close()
         worker.stderr.close()
 

@@ -1,4 +1,6 @@
-"""The process that measures: reads one Request (JSON) from stdin, writes one Timing a line to stdout, and ends.
+"""The process that measures: reads one Request (a line of JSON) from stdin, writes one Timing a line to stdout, and ends.
+
+It ends at once where its stdin does: whoever started it is gone, and compiling a step of networks for nobody can take minutes.
 
 Started fresh for every request by `measure.launch_worker`, so that nothing of an earlier measurement is left in its memory.
 """
@@ -12,6 +14,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -249,7 +252,8 @@ def main() -> None:
     # Results have the real stdout to themselves; anything a library prints goes to stderr.
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    request = Request.from_json(sys.stdin.read())
+    request = Request.from_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     torch.set_num_threads(request.target.threads)
     torch.set_num_interop_threads(1)
     try:
@@ -260,6 +264,11 @@ def main() -> None:
         results.write(json.dumps({"error": type(error).__name__, "message": error.message, "hint": error.hint}) + "\n")
     except BrokenPipeError:
         os._exit(1)  # Nobody listens any more.
+
+
+def _end_with_stdin() -> None:
+    os.read(0, 1)  # Nothing comes any more but its end.
+    os._exit(1)
 
 
 if __name__ == "__main__":
