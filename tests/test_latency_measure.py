@@ -242,6 +242,27 @@ def test_a_reader_that_leaves_takes_the_worker_with_it(monkeypatch: pytest.Monke
     timings.close()  # kills the process instead of waiting for it
 
 
+def test_a_process_is_followed_by_another_before_what_it_compiled_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchScript grew by 100 MB a network, until 200 of them filled 24 GB."""
+    monkeypatch.setattr(measure, "BYTES_PER_STEP", 1 << 20)
+    all_steps = steps([network(8 * (1 + i)) for i in range(40)], rng=np.random.default_rng(0))
+    limit = 5 << 20
+    monkeypatch.setattr(measure, "BYTES_PER_PROCESS", limit)
+    launched: list[Request] = []
+
+    def launch(request: Request) -> Iterator[Timing]:
+        launched.append(request)
+        return iter(())
+
+    monkeypatch.setattr(measure, "_launch_one", launch)
+    assert list(launch_worker(Request(target=TARGET, process=3, seed=4, effort=Effort(), steps=all_steps))) == []
+    assert tuple(step for request in launched for step in request.steps) == all_steps
+    assert {(request.process, request.seed) for request in launched} == {(3, 4)}
+    held = [sum(measure.size_bytes(item) for step in request.steps for item in step) for request in launched]
+    assert len(held) > 1 and all(size <= limit or len(request.steps) == 1 for size, request in zip(held, launched, strict=True))
+    assert all(a + sum(map(measure.size_bytes, b.steps[0])) > limit for a, b in zip(held, launched[1:], strict=False))
+
+
 def test_a_worker_ends_when_whoever_started_it_is_gone() -> None:
     """In the middle of a step that would take hours."""
     request = Request(target=resolve_target("cpu", "eager"), process=0, seed=0, effort=Effort(rounds=10**7), steps=((BLOCK,),))

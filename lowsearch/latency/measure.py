@@ -56,6 +56,8 @@ MAX_PROCESSES = 5
 TIMM_BYTES = 100 << 20
 BYTES_PER_STEP = 400 << 20
 """Weights of the networks that are interleaved with each other; a runtime may hold them three times over."""
+BYTES_PER_PROCESS = 4 << 30
+"""A runtime may not let go of what it compiled (TorchScript keeps more than a network's weights): the next step has a new process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,7 +352,26 @@ def run_requests(requests: Sequence[Request], device: Device, *, launch: Launche
 
 
 def launch_worker(request: Request) -> Iterator[Timing]:
-    """Run `request` in a fresh Python process (worker.py), which dies with this one."""
+    """Run `request` in a fresh Python process (worker.py), which dies with this one; in several, where it would fill the memory of one."""
+    for part in _parts(request.steps):
+        yield from _launch_one(dataclasses.replace(request, steps=part))
+
+
+def _parts(all_steps: Sequence[Sequence[Item]]) -> list[tuple[Sequence[Item], ...]]:
+    """`all_steps` in runs of at most BYTES_PER_PROCESS; a step is never divided."""
+    parts: list[tuple[Sequence[Item], ...]] = [()]
+    held = 0
+    for step in all_steps:
+        size = sum(size_bytes(item) for item in step if not isinstance(item, MemoryRead))
+        if parts[-1] and held + size > BYTES_PER_PROCESS:
+            parts.append(())
+            held = 0
+        parts[-1] = (*parts[-1], step)
+        held += size
+    return parts
+
+
+def _launch_one(request: Request) -> Iterator[Timing]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(request.target.threads))
     # fp32 means fp32, also in the libraries that do not ask us.
     environment = {**os.environ, **threads, "NVIDIA_TF32_OVERRIDE": "0"}
