@@ -67,7 +67,7 @@ class TorchRuntime:
     def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device, threads: int = 1) -> TorchProgram:
         """The worker has told torch how many threads; they belong to the process."""
         if device.type == "cpu":
-            keep_freed_memory()
+            _keep_freed_memory()
         module, x = placed(module, x, precision=precision, device=device, memory_format=self.memory_format)
         with torch.inference_mode():
             return self._compiled(module, x)
@@ -209,7 +209,7 @@ def _is_setting(value: object) -> bool:
 
 
 @cache
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Have the C library of this process keep what is freed for the next allocation.
 
     glibc otherwise returns large tensors to the system and fetches new pages in the next pass, or does not: that depends on what else the
