@@ -54,7 +54,13 @@ Progress = Callable[[int, int, str], None]
 
 def main() -> None:
     """Entry point of the `lowsearch` command."""
-    sys.exit(invoke(sys.argv[1:]))
+    code = invoke(sys.argv[1:])
+    distributed = sys.modules.get("lowsearch.train.distributed")
+    if distributed is not None and distributed.broken():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # Python's way out can abort while threads of gloo hold what it takes down.
+    sys.exit(code)
 
 
 def invoke(arguments: Sequence[str]) -> int:

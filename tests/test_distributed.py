@@ -5,6 +5,7 @@ Run as a script, this file is one of the processes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -23,7 +24,7 @@ import torch
 from few_images import few_images
 from test_train import SMALL
 
-from lowsearch.cli import invoke
+from lowsearch.cli import invoke, main
 from lowsearch.errors import UsageError
 from lowsearch.train import Recipe, TrainResult, distributed, train
 from lowsearch.train.augment import Augmentation, drawing_from
@@ -167,6 +168,7 @@ def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_r
     ]  # fmt: skip
     (out, said), _ = (process.communicate(timeout=240) for process in processes)
     assert [process.returncode for process in processes] == [2, -signal.SIGKILL], said
+    assert not (tmp_path / "taken-down").exists(), "Python took the process down, which now and then aborts"
     assert out == "" and "Traceback" not in said
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
         "error: another process of this training ended, and with it this one; hint: its own message says why; the same command resumes"
@@ -195,8 +197,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def _dies_in_company(arguments: list[str]) -> int:
+def _dies_in_company() -> None:
     """The command, whose second process is killed in a step."""
+    atexit.register((Path(sys.argv[2]).parent / "taken-down").touch)
     real, calls = _Launched.sum, iter(range(1, 1000))
 
     def deadly(self: _Launched, tensors: list[Any]) -> None:
@@ -205,7 +208,7 @@ def _dies_in_company(arguments: list[str]) -> int:
         real(self, tensors)
 
     _Launched.sum = deadly  # type: ignore[method-assign]
-    return invoke(arguments)
+    main()
 
 
 if __name__ == "__main__":
@@ -213,4 +216,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 2:
         trained_together(Path(sys.argv[1]))
     else:
-        sys.exit(_dies_in_company(sys.argv[1:]))
+        _dies_in_company()

@@ -135,6 +135,13 @@ def launched_ranks(device: str) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def broken() -> bool:
+    """Whether this process trained with others and had to leave them: torch still holds what joined them."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def require_shares(batch_size: int, processes: int) -> None:
     """Raise UsageError where a batch has too few images for so many processes."""
     if processes > 1 and batch_size < 2 * processes:
