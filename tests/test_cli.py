@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lowsearch import PRESETS, cli
+from lowsearch.cli.typed import parse_budget
 from lowsearch.errors import UsageError
 
 
@@ -70,13 +71,13 @@ def test_devices_lists_this_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("8m", 480), ("90s", 90), ("1h30m", 5400), ("0.5h", 1800), ("1m30s", 90)])
 def test_budgets_are_durations(text: str, seconds: float) -> None:
-    assert cli.parse_budget(text) == seconds
+    assert parse_budget(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "8", "m", "8 minutes", "-8m", "0m", "8m!", "30s1m"])
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a duration"):
-        cli.parse_budget(text)
+        parse_budget(text)
 
 
 @pytest.mark.parametrize(
