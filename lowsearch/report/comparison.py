@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from lowsearch.latency.compare import ComparedNetwork
 from lowsearch.report.figures import log_ticks
+from lowsearch.report.labels import Mark, label_positions
 from lowsearch.report.plots_page import write_plots_page
 
 _COLUMNS = ("network", "px", "latency, ms", "±", "MMACs", "GMACs/s", "params, M", "top-1, % (published)")
@@ -36,7 +37,9 @@ def figure(rows: Sequence[ComparedNetwork]) -> go.Figure:
     drawn, title = (known, "published ImageNet top-1, %") if known else (list(rows), "MMACs")
     heights = {row.name: row.top1_percent if known else row.macs / 1e6 for row in drawn}
     traces: list[go.Scatter] = []
-    sides = _label_sides([row.latency_ms for row in drawn], [heights[row.name] or 0.0 for row in drawn])
+    x, y = [row.latency_ms for row in drawn], [heights[row.name] or 0.0 for row in drawn]
+    marks = [Mark(*place, place[1]) for place in zip(x, y, strict=True)]
+    sides = label_positions(x, y, [row.name for row in drawn], marks, log_x=True, log_y=not known)
     if known:
         best = _front(known)
         traces.append(
@@ -75,17 +78,6 @@ def figure(rows: Sequence[ComparedNetwork]) -> go.Figure:
     made.update_xaxes({"title": "latency, ms", "zeroline": False, "automargin": True, **log_ticks([row.latency_ms for row in drawn])})
     made.update_yaxes(title=title, zeroline=False, automargin=True, type="linear" if known else "log")
     return made
-
-
-def _label_sides(x: Sequence[float], y: Sequence[float]) -> list[str]:
-    """Where a point's name stands: away from its nearest neighbour along x, so that two do not overprint each other."""
-    log_x = np.log(x)
-    sides = []
-    for i in range(len(x)):
-        others = [j for j in range(len(x)) if j != i]
-        nearest = min(others, key=lambda j: abs(log_x[j] - log_x[i]), default=i)
-        sides.append("top center" if y[i] > y[nearest] else "bottom center")
-    return sides
 
 
 def _front(rows: Sequence[ComparedNetwork]) -> list[ComparedNetwork]:

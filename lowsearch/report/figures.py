@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lowsearch.report import tables
+from lowsearch.report.labels import Mark, label_positions
 from lowsearch.report.study_files import Network, StudyFiles
 from lowsearch.report.tables import Axis
 
@@ -32,24 +33,22 @@ def front_figure(study: StudyFiles, *, split: str) -> go.Figure:
     front = tables.best_known_front(study)
     shown = study.finalists if final else (*front, *(n for n in candidates if n.is_family and n not in front))
     family, proposed = [n for n in shown if n.is_family], [n for n in shown if not n.is_family]
+    others = [*study.sample, *(n for n in candidates if n not in shown)] if split == "validation" else []
+    marks = _marks(shown, x, y, bars=True) + _marks(others, x, y, bars=False)
     traces = [
-        _points(study, "Hand-made family", "family", family, x, y, size=10, names=True),
+        _points(study, "Hand-made family", "family", family, x, y, size=10, among=marks),
         _points(study, "Proposed by the search", "front", proposed, x, y, size=10),
     ]
     if tables.has_two_objectives(study):
         family_front = _steps("Hand-made front", "family", tables.non_dominated(study, family), x, y, dash="dot")
         traces = [family_front, _steps("Final front" if final else "Front so far", "front", front, x, y), *traces]
     if split == "validation":
-        others = [n for n in candidates if n not in shown]
         traces = [
             _points(study, "Random members (predicted)", "random", study.sample, x, y, size=5, bars=False),
-            _points(study, "Candidates", "candidate", others, x, y, size=6, bars=False),
+            _points(study, "Candidates", "candidate", [n for n in candidates if n not in shown], x, y, size=6, bars=False),
             *traces,
         ]
     traces = [trace for trace in traces if trace.x]
-    widest = max((value for trace in traces for value in trace.x or ()), default=1)
-    for trace in (trace for trace in traces if trace.text):  # A name to the right of the rightmost points would leave the plot.
-        trace.textposition = [f"bottom {'left' if value > 0.7 * widest else 'right'}" for value in trace.x or ()]
     figure = go.Figure(traces)
     if (limit := tables.limit_on(study, x)) is not None:
         at, text = limit
@@ -139,8 +138,9 @@ def _steps(name: str, role: str, front: Sequence[Network], x: Axis, y: Axis, das
 
 def _points(
     study: StudyFiles, name: str, role: str, networks: Sequence[Network], x: Axis, y: Axis,
-    *, size: int, bars: bool = True, names: bool = False,
+    *, size: int, bars: bool = True, among: Sequence[Mark] | None = None,
 ) -> go.Scatter:  # fmt: skip
+    """With their names where it is said what else these stand `among`."""
     known = _drawable(networks, x, y)
     trace = go.Scatter(
         x=[x.value(n) for n in known],
@@ -154,11 +154,21 @@ def _points(
         legendgroup=role if role == "family" else None,
         meta={"role": role},
     )
-    if names:
-        trace.update(mode="markers+text", text=[html.escape(n.name) for n in known], cliponaxis=False)
+    if among is not None:
+        xs, ys, names = [x.value(n) for n in known], [y.value(n) for n in known], [n.name for n in known]
+        positions = label_positions(xs, ys, names, among, log_x=x.log, log_y=y.log)
+        trace.update(mode="markers+text", text=[html.escape(name) for name in names], textposition=positions, cliponaxis=False)
     if bars:
         trace.update(error_x=_bars([x.std(n) for n in known]), error_y=_bars([y.std(n) for n in known]))
     return trace
+
+
+def _marks(networks: Sequence[Network], x: Axis, y: Axis, *, bars: bool) -> list[Mark]:
+    """What names should not cover: points, and the error bars of those that have them."""
+    known = _drawable(networks, x, y)
+    points = [Mark(x.value(n), y.value(n), y.value(n), 2.0 if bars else 1.0) for n in known]
+    barred = [n for n in known if bars and math.isfinite(y.std(n)) and (y.value(n) > y.std(n) or not y.log)]
+    return points + [Mark(x.value(n), y.value(n) - y.std(n), y.value(n) + y.std(n), 0.5) for n in barred]
 
 
 def _drawable(networks: Sequence[Network], x: Axis, y: Axis) -> list[Network]:
