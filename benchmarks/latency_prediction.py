@@ -4,8 +4,8 @@
     python benchmarks/latency_prediction.py --space lowformer                # 8 to 12 minutes
 
 Needs the latency table of this machine (`lowsearch profile`). Beside ours: the raw sum of hot blocks, and straight lines in the MACs and
-in the parameters, fitted on the same calibration networks. Every network is measured in four fresh processes; the noise floor is the
-difference between two of them, and says how much of an error is the measurement's. Eight of the calibration networks are measured once
+in the parameters, fitted on the same calibration networks. Every network is measured in `--processes` fresh processes; the noise floor is
+the difference between two of them, and says how much of an error is the measurement's. Eight of the calibration networks are measured once
 more beside the held-out ones: a shared machine is faster or slower by some percent than when its table was made, and their median ratio,
 the pace, is divided out of what was measured. Errors without that are printed too.
 

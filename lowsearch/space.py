@@ -69,7 +69,7 @@ class Gene:
 @dataclass(frozen=True, slots=True)
 class _Slot:
     """A place in the network: `block` builds what stands there from the values of `genes`; it stands there `depth - 1` times where
-    `depth_gene` names the setting of the depth, else once."""
+    `depth_setting` names the setting of the depth, else once."""
 
     name: str
     settings: tuple[str, ...]

@@ -16,7 +16,10 @@ def run(
     context: typer.Context,
     objective: Annotated[
         str,
-        typer.Option("--objective", help="Joined by '-': acc, latency, throughput, imagetime, memory, size, energy, macs, params."),
+        typer.Option(
+            "--objective",
+            help="Joined by -: acc, latency, throughput, imagetime, worstlatency (on several devices), memory, size, energy, macs, params.",
+        ),
     ] = "acc-latency",
     device: Annotated[
         list[str] | None,

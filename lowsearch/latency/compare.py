@@ -1,4 +1,4 @@
-"""Whole networks of any origin side by side: presets, networks of a study, and timm's, in the protocol that measures everything else.
+"""Whole networks of any origin side by side: presets, `arch.json` files, and timm's, in the protocol that measures everything else.
 
 Nothing is predicted here. All networks are timed in fresh processes, interleaved with each other, after their output was compared with
 torch's.

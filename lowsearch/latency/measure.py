@@ -1,8 +1,8 @@
 """Measuring, seen from the process that wants numbers: it starts fresh worker processes and collects what they time.
 
 The protocol (docs/measurement.md): every block or network is timed in `processes` fresh processes, in each over `rounds` rounds that
-are interleaved with its neighbours in shuffled order. A round's number is the 25th percentile of its samples, a process's the median
-of its rounds, the latency the mean of the processes. Nothing here imports torch: networks run in the workers (worker.py).
+are interleaved with its neighbours in shuffled order. A round's number is the 25th percentile of its samples, the latency the
+25th percentile over the rounds of all processes. Nothing here imports torch: networks run in the workers (worker.py).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class EnergyPredictor(Protocol):
 
 
 class AccuracyModel(Protocol):
-    """Predicted accuracy after the full schedule; `accuracy.AccuracyPredictor` is one."""
+    """Predicted accuracy after the full schedule; `accuracy.predictor.AccuracyPredictor` is one."""
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, n_genes) -> mean (n,), standard deviation (n,), as fractions."""

@@ -34,7 +34,7 @@ _MEDIAN_STD = math.sqrt(math.pi / 2)
 
 
 class Measured(Protocol):
-    """A measured network; `latency.NetworkLatency` is one."""
+    """A measured network; `latency.timing.NetworkLatency` is one."""
 
     @property
     def latency_ms(self) -> float: ...

@@ -39,7 +39,7 @@ LARGEST_EMBEDDED_PX = 96
 
 
 class ScoreModel(AccuracyModel, Protocol):
-    """Estimated accuracy, or the proxy that stands for it; `accuracy.AccuracyPredictor` is one."""
+    """Estimated accuracy, or the proxy that stands for it; `accuracy.predictor.AccuracyPredictor` is one."""
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """By how much each genome of `after` (n, n_genes) is better than `before` (n_genes,): mean (n,), standard deviation (n,)."""

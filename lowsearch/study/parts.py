@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Record(Protocol):
-    """One training, or part of one; `accuracy.AccuracyRecord` is one."""
+    """One training, or part of one; `accuracy.records.AccuracyRecord` is one."""
 
     @property
     def arch(self) -> Arch: ...
@@ -86,7 +86,7 @@ class FinalScore:
 
 
 class Share(Protocol):
-    """One block's part of a predicted latency; `latency.BlockShare` is one."""
+    """One block's part of a predicted latency; `latency.predictor.BlockShare` is one."""
 
     @property
     def place(self) -> str: ...
