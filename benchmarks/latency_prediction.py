@@ -86,7 +86,7 @@ def main() -> None:
         stored = json.loads(path.read_text())
         command = stored["command"]
         context, seconds = stored["context"], stored["measuring_s"]
-        rows, anchors = ([_network(values) for values in stored[name]] for name in ("networks", "anchors"))
+        rows, anchors = ([stored_network(values) for values in stored[name]] for name in ("networks", "anchors"))
     else:
         archs = held_out(space, table, arguments.networks, seed=arguments.seed)
         started = time.perf_counter()
@@ -260,7 +260,7 @@ def print_table(space: SearchSpace, target: object, result: dict[str, Any], goal
         print(f"goal {name} {goal:.3g}: {'met' if met[name] else 'missed'}")
 
 
-def _network(values: dict[str, Any]) -> NetworkLatency:
+def stored_network(values: dict[str, Any]) -> NetworkLatency:
     samples, paces = tuple(tuple(rounds) for rounds in values["samples_ms"]), tuple(values["paces"])
     return NetworkLatency(
         arch=Arch.from_dict(values["arch"]), latency_ms=latency_ms(samples, paces), samples_ms=samples, paces=paces,
