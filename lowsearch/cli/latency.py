@@ -48,7 +48,7 @@ def profile(
         int | None, typer.Option("--max-blocks", min=1, help="Blocks to measure at most; the others are predicted. Default: the runtime's.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Measure fewer blocks and networks; the same command without it adds them.")
+        bool, typer.Option("--quick", help="Measure fewer blocks, for less time; the same command without it adds the others.")
     ] = False,
     alone: Annotated[
         bool, typer.Option("--alone", help="Do not lean on this machine's table of another batch: measure all blocks at this one.")
@@ -86,11 +86,10 @@ def profile(
         return
     with progress_bar() as progress:
         result = measure(loaded, target, max_blocks=max_blocks, seed=seed, quick=quick, alone=alone, progress=progress)
-    _print_profile(loaded, result, as_json)
-    if quick:
-        more = "blocks and networks" if result.sibling is None else "networks"
-        tell(f"the same command without --quick adds more {more}: {target.profile_command} --space {space}")
+    print_profile(loaded, result, as_json)
     missing = sum(block not in result.entries for block in loaded.blocks)
+    if quick and result.sibling is None and missing:
+        tell(f"the same command without --quick measures more blocks: {target.profile_command} --space {space}")
     if result.sibling is not None and missing:
         tell(
             f"{missing:,} of {len(loaded.blocks):,} blocks are predicted from what they take at batch {result.sibling.batch} (table of "
@@ -128,10 +127,10 @@ def _import_bundle(folder: Path, as_json: bool) -> None:
     from lowsearch.latency.bundle import Bundle, import_results
 
     loaded = Bundle.load(folder)
-    _print_profile(loaded.space, import_results(loaded), as_json)
+    print_profile(loaded.space, import_results(loaded), as_json)
 
 
-def _print_profile(space: Any, table: Any, as_json: bool) -> None:
+def print_profile(space: Any, table: Any, as_json: bool) -> None:
     """What was measured of `space`, and how well it predicts whole networks."""
     from lowsearch import locations
     from lowsearch.latency.predictor import LatencyPredictor

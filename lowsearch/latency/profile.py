@@ -55,13 +55,12 @@ NETWORK_EFFORT = Effort(processes=4, round_ms=40.0, max_samples=60)
 """Few networks decide how blocks add up, so each is measured twice as often as a block."""
 N_NETWORKS = 20
 QUICK_BLOCKS = 400
-"""Of a space whose table of 1,400 blocks is measured quickly. Fewer blocks spread as always came within 2 % of what that table predicts of
-random networks; taking them by their share of network time, or greedily by what they tell of it, did no better (docs/measurement.md)."""
+"""Of a space whose table of 1,400 blocks is measured quickly. With all 20 networks so few err 1.2 times as much (docs/measurement.md)."""
 SIBLING_BLOCKS = 200
 """Of a space that was measured at another batch. On one CPU they told as much of batch 8 as 400 without it (docs/measurement.md)."""
-QUICK_NETWORKS = 10
 QUICK_EFFORT = Effort(rounds=2, turns_ms=60.0)
-"""What is left of the noise of a block is small beside the error of those that were not measured."""
+"""What is left of the noise of a block is small beside the error of those that were not measured; so what two processes disagree about is
+not measured again either. Networks tell more for their time."""
 QUICK_NETWORK_EFFORT = dataclasses.replace(NETWORK_EFFORT, processes=2)
 _DESCENT_STEPS = 60
 
@@ -86,8 +85,8 @@ def profile(
     """Measure what the table of `target` lacks for `space`, and write it under `folder` (default: ./latency_tables).
 
     At most `max_blocks` blocks of the space are measured; None for as many as the runtime prepares in reasonable time. With `quick` fewer
-    blocks and networks are measured, and for less time each; a later profile without it adds the others. Where this machine has a table of
-    the space at another batch, few blocks are measured and the others lean on it, unless `alone`.
+    blocks are measured, these and the networks for less time; a later profile without it adds the other blocks. Where this machine has
+    a table of the space at another batch, few blocks are measured and the others lean on it, unless `alone`.
     Killed at any moment, the same call resumes. A table of the same machine and versions is extended, any other is replaced;
     with `fresh` it is replaced in any case.
     Raises DeviceError where the device is not attached, ParityError where the runtime computes something else than torch.
@@ -109,7 +108,7 @@ def profile(
             usual = min(SIBLING_BLOCKS, len(_measured(space, sibling)) // 2) if sibling else QUICK_BLOCKS if quick else None
             most = runtime_max_blocks(target)
             max_blocks = most if usual is None else min(most, usual)
-        n_calibration = (QUICK_NETWORKS if quick else N_NETWORKS) if n_calibration is None else n_calibration
+        n_calibration = N_NETWORKS if n_calibration is None else n_calibration
         effort = effort or (QUICK_EFFORT if quick else Effort())
         network_effort = network_effort or (QUICK_NETWORK_EFFORT if quick else NETWORK_EFFORT)
         known = table.calibration.get(space.name, ())
@@ -125,7 +124,7 @@ def profile(
                 partial, expected, device=device, seed=seed, launch=launch, label=f"{space.name} on {target}", progress=progress
             )
             table = _with_reads(table, session.measure(reads, effort))
-            table = _with_blocks(table, session.measure(blocks, effort))
+            table = _with_blocks(table, session.measure(blocks, effort, again=not quick))
             # A later profile draws others, over all sizes again.
             networks = choose_networks(space, n_networks, seed=seed + len(known), table=table) if n_networks else []
             archs = [arch for arch in networks if arch not in {row.arch for row in known}]

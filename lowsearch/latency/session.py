@@ -65,21 +65,21 @@ class Session:
         """Items that further processes timed, of all that `measure` was asked for."""
         self._report()
 
-    def measure(self, items: Sequence[Item], effort: Effort) -> Found:
-        """Every item timed in as many processes as `effort` says; what is doubtful then in one more, what is invalid even so in another.
-        What the runtime cannot execute is left out, with a warning."""
+    def measure(self, items: Sequence[Item], effort: Effort, *, again: bool = True) -> Found:
+        """Every item timed in as many processes as `effort` says; what is doubtful then in one more, what is invalid even so in another,
+        unless not `again`. What the runtime cannot execute is left out, with a warning."""
         self._run(items, range(effort.processes), effort)
         refused = {item: timing.refused for item in items for timing in self._found[item].values() if timing.refused}
         warn_of_refused(refused)
         items = [item for item in items if item not in refused]
-        left = most_again(effort.processes * len(items))
+        left = most_again(effort.processes * len(items)) if again else 0
         repeated: set[Item] = set()
         for process, choose in ((effort.processes, doubtful), (effort.processes + 1, invalid)):
-            again = choose({item: self._timings_before(process, item) for item in items}, at_most=left)
-            left -= len(again)
-            self._total += sum(process not in self._found[item] for item in again)
-            self._run(again, [process], effort)
-            repeated.update(again)
+            chosen = choose({item: self._timings_before(process, item) for item in items}, at_most=left)
+            left -= len(chosen)
+            self._total += sum(process not in self._found[item] for item in chosen)
+            self._run(chosen, [process], effort)
+            repeated.update(chosen)
         self.measured_again += len(repeated)
         return {item: self._found[item] for item in items}
 
