@@ -223,7 +223,7 @@ def test_a_quick_table_predicts_and_a_full_profile_extends_it(tmp_path: Path) ->
     assert quick(tmp_path, space=MICRO, quick=True, n_calibration=None, launch=counting).entries == table.entries and not measured
     full = quick(tmp_path, space=MICRO, n_calibration=None, launch=counting)
     assert set(full.entries) == set(MICRO.blocks) and full.entries.items() >= table.entries.items()
-    assert full.calibration == table.calibration and full.context.measured_again == 0
+    assert set(full.calibration[MICRO.name]) == set(table.calibration[MICRO.name]) and full.context.measured_again == 0
     assert not set(measured) & {*table.entries, *(row.arch for row in table.calibration[MICRO.name])}, "nothing was measured twice"
 
 
