@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 STUDY ?= demo
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
 BENCH ?= $(filter-out benchmarks/make_% benchmarks/network_pool.py,$(wildcard benchmarks/*.py))
 
 BIN := .venv/bin
