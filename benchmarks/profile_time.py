@@ -37,7 +37,10 @@ def main() -> None:
     parser.add_argument("--runtime", default="onnxruntime")
     arguments = parser.parse_args()
     result: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    result |= {"command": "python benchmarks/profile_time.py", "device": attached_devices()[0].name, "cores": os.cpu_count()}
+    here = {"device": attached_devices()[0].name, "cores": os.cpu_count(), "runtime": arguments.runtime}
+    if any(result.get(key) != value for key, value in here.items()):
+        result = {}  # The part that is not measured now was measured elsewhere.
+    result |= {"command": "python benchmarks/profile_time.py", **here}
     if arguments.only != "side-by-side":
         result["profile"] = {name: time_profile(name, goal, arguments.runtime) for name, goal in GOALS_S.items()}
     if arguments.only != "profile":

@@ -302,9 +302,10 @@ def _network_latency(arch: Arch, timings: Sequence[Timing], samples: Samples, pa
 def run_requests(requests: Sequence[Request], device: Device, *, launch: Launcher | None = None) -> Iterator[Timing]:
     """The timings of all requests as they come, each request in a process of its own.
 
-    On a CPU with several cores the processes run side by side: the statistic is CPU time of one thread, and the difference was not
-    resolvable (docs/measurement.md). A GPU is one device: on a machine with cores to spare processes get ready side by side, and take
-    turns with it (worker.py). Wall time of several threads wants the machine for itself: there they run one after the other.
+    On a CPU with several cores the processes run side by side: the statistic is CPU time of one thread, and what a
+    neighbour adds is small (docs/measurement.md). A GPU is one device: on a machine with cores to spare processes get ready side by
+    side, and take turns with it (worker.py). Wall time of several threads wants the machine for itself: there they run one after the
+    other.
     """
     launch = launch or launch_worker
     cores = os.cpu_count() or 1

@@ -55,7 +55,8 @@ NETWORK_EFFORT = Effort(processes=4, round_ms=40.0, max_samples=60)
 """Few networks decide how blocks add up, so each is measured twice as often as a block."""
 N_NETWORKS = 20
 QUICK_BLOCKS = 400
-"""Of a space whose table of 1,400 blocks is measured quickly. With all 20 networks so few err 1.2 times as much (docs/measurement.md)."""
+"""Of a space whose table of 1,400 blocks is measured quickly. With all 20 networks so few, as well measured, err 1.2 times as much
+(docs/measurement.md)."""
 SIBLING_BLOCKS = 200
 """Of a space that was measured at another batch. On one CPU they told as much of batch 8 as 400 without it (docs/measurement.md)."""
 QUICK_EFFORT = Effort(rounds=2, turns_ms=60.0)
