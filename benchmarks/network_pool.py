@@ -5,8 +5,9 @@
 
 Random networks, spread evenly over the logarithm of their MACs up to what the hand-made family needs, and the family: the same order
 for every number of networks. All are trained on the whole schedule with the first seed, then the held-out ones, and then all others,
-with the second. Resumable: a training on record is not repeated. Ends after `--minutes`, at the end of a training. Writes
-benchmarks/results/network_pool.json: for every network its genome, MACs, params and the accuracies of its curves.
+with the second. Resumable: a training on record is not repeated, nor one that `--out` holds of the same images and recipe, so that a
+pool can grow on another machine. Ends after `--minutes`, at the end of a training. Writes benchmarks/results/network_pool.json: for every
+network its genome, MACs, params, the accuracies of its curves, and on what each was trained.
 """
 
 from __future__ import annotations
@@ -59,14 +60,20 @@ def jobs(archs: list[Arch], n_seeds: int) -> list[tuple[Arch, int]]:
     return [(arch, seed) for seed in SEEDS[:n_seeds] for arch in archs]
 
 
-def work(number: int, arguments: argparse.Namespace, data: ImageData, schedule: Recipe, todo: Any, ends: float) -> None:
+def kept(out: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """The networks that `out` holds already, if they were trained on the same images by the same recipe."""
+    stored = json.loads(out.read_text()) if out.exists() else {}
+    return stored["networks"] if all(stored.get(key) == value for key, value in expected.items()) else []
+
+
+def work(
+    number: int, arguments: argparse.Namespace, data: ImageData, schedule: Recipe, trainings: list[tuple[Arch, int]], todo: Any, ends: float
+) -> None:
     """One worker: takes the next training until none is left or the time is up."""
     import torch
 
     torch.set_num_threads(1)
     ladders = {seed: Ladder(data, schedule, folder=arguments.work, rungs=(1.0,), seed=seed, device=arguments.device) for seed in SEEDS}
-    archs = pool(SearchSpace.load(arguments.space).with_num_classes(len(data.classes)), arguments.networks)
-    trainings = jobs(archs, arguments.seeds)
     while time.time() < ends:
         with todo.get_lock():
             index, todo.value = todo.value, todo.value + 1
@@ -81,21 +88,26 @@ def work(number: int, arguments: argparse.Namespace, data: ImageData, schedule: 
             print(f"{index:4} of {len(trainings)} worker {number}: {100 * record.val_accuracy:.2f} % in {seconds:.1f} s", flush=True)
 
 
-def to_rows(space: SearchSpace, archs: list[Arch], records: list[AccuracyRecord]) -> list[dict[str, Any]]:
-    """What is kept of every trained network."""
+def to_rows(
+    space: SearchSpace, archs: list[Arch], records: list[AccuracyRecord], before: list[dict[str, Any]], device: str
+) -> list[dict[str, Any]]:
+    """What is kept of every trained network: `before`, and the full trainings among `records`, which ran on `device`."""
     found = {(record.arch_id, record.seed): record for record in records if record.rung == 1.0}
+    earlier = {row["arch_id"]: row for row in before}
     family = {arch.arch_id: name for name, arch in space.family.items()}
     rows = []
     for number, arch in enumerate(archs):
-        curves = {seed: found[arch.arch_id, seed].curve for seed in SEEDS if (arch.arch_id, seed) in found}
-        if not curves:
+        old = earlier.get(arch.arch_id, {})
+        curves = {str(seed): found[arch.arch_id, seed].curve for seed in SEEDS if (arch.arch_id, seed) in found}
+        if not curves and not old:
             continue
         counted = cost.count(arch)
         rows.append({
             "arch_id": arch.arch_id, "family": family.get(arch.arch_id), "held_out": number < HELD_OUT,
             "genome": space.encode(arch).tolist(), "macs": counted.macs, "params": counted.params,
-            "accuracy": {str(seed): [round(point.val_accuracy, 5) for point in curve] for seed, curve in curves.items()},
-            "loss": {str(seed): [round(point.val_loss, 4) for point in curve] for seed, curve in curves.items()},
+            "accuracy": {**{seed: [round(p.val_accuracy, 5) for p in curve] for seed, curve in curves.items()}, **old.get("accuracy", {})},
+            "loss": {**{seed: [round(p.val_loss, 4) for p in curve] for seed, curve in curves.items()}, **old.get("loss", {})},
+            "device": {**dict.fromkeys(curves, device), **old.get("device", {})},
         })  # fmt: skip
     return rows
 
@@ -116,22 +128,27 @@ def main() -> None:
     began = time.time()
     data = load_data(arguments.data)
     schedule = dataclasses.replace(recipe(arguments.recipe), evaluate_at=FRACTIONS)
+    space = SearchSpace.load(arguments.space).with_num_classes(len(data.classes))
+    archs = pool(space, arguments.networks)
+    expected = {"space": space.name, "data_hash": data.data_hash, "recipe_hash": schedule.recipe_hash}
+    before = kept(arguments.out, expected)
+    done = {(row["arch_id"], int(seed)) for row in before for seed in row["accuracy"]}
+    trainings = [(arch, seed) for arch, seed in jobs(archs, arguments.seeds) if (arch.arch_id, seed) not in done]
     processes = multiprocessing.get_context("fork")
     todo = processes.Value("i", 0)
     ends = began + 60 * arguments.minutes
-    workers = [processes.Process(target=work, args=(i, arguments, data, schedule, todo, ends)) for i in range(arguments.workers)]
+    workers = [processes.Process(target=work, args=(i, arguments, data, schedule, trainings, todo, ends)) for i in range(arguments.workers)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    space = SearchSpace.load(arguments.space).with_num_classes(len(data.classes))
     records = list(AccuracyRecords(arguments.work / RECORDS))
-    rows = to_rows(space, pool(space, arguments.networks), records)
+    rows = to_rows(space, archs, records, before, arguments.device)
     versions = next((dict(record.versions) for record in records), {})
     result = {
-        "space": space.name, "data": data.name.partition(":")[0], "data_hash": data.data_hash, "images": len(data.train),
-        "recipe": schedule.to_dict(), "recipe_hash": schedule.recipe_hash, "fractions": FRACTIONS, "held_out": HELD_OUT,
-        "trained_on": arguments.device, "machine": platform.machine(), "versions": versions, "networks": rows,
+        **expected, "data": data.name.partition(":")[0], "images": len(data.train),
+        "recipe": schedule.to_dict(), "fractions": FRACTIONS, "held_out": HELD_OUT,
+        "machine": platform.machine(), "versions": versions, "networks": rows,
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
