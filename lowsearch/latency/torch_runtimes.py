@@ -6,14 +6,11 @@ the convolutions of many devices compute. A runtime whose name ends in `-nhwc` h
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
@@ -26,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowsearch.errors import DeviceError
 from lowsearch.latency.target import DeviceKind, Target
+from lowsearch.memory import KEEPS_FREED_MEMORY, keep_freed_memory
 
 MemoryFormat = Literal["contiguous", "channels-last"]
 
@@ -39,8 +37,6 @@ _MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 _INDUCTOR: Mapping[str, Any] = {"freezing": True}
 """Weights are constants, as in deployment: norms fold into convolutions, whose weights are stored as a CPU's kernels want them."""
-_IS_GLIBC = platform.libc_ver()[0] == "glibc"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # As malloc.h numbers them.
 _WARM_UPS = 2
 """Calls after which TorchScript and torch.compile have specialised the program."""
 
@@ -61,13 +57,13 @@ class TorchRuntime:
         return {"torch": torch.__version__}
 
     def options(self, target: Target, kind: DeviceKind) -> dict[str, str | int]:
-        memory = {"freed_memory": "kept"} if kind == "cpu" and _IS_GLIBC else {}
+        memory = {"freed_memory": "kept"} if kind == "cpu" and KEEPS_FREED_MEMORY else {}
         return {"memory_format": self.memory_format, **memory, "cudnn_benchmark": 0, "tf32": 0}
 
     def prepare(self, module: nn.Module, x: Tensor, *, precision: str, device: torch.device, threads: int = 1) -> TorchProgram:
         """The worker has told torch how many threads; they belong to the process."""
         if device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         module, x = placed(module, x, precision=precision, device=device, memory_format=self.memory_format)
         with torch.inference_mode():
             return self._compiled(module, x)
@@ -206,19 +202,6 @@ class _OnOneDevice(TorchDispatchMode):
 def _is_setting(value: object) -> bool:
     """Whether an argument of a copy says how, not what."""
     return isinstance(value, bool | torch.dtype | torch.device | torch.memory_format | None)
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Have the C library of this process keep what is freed for the next allocation.
-
-    glibc otherwise returns large tensors to the system and fetches new pages in the next pass, or does not: that depends on what else the
-    process had freed before and what lies at the end of its heap (mallopt(3)), and changes the time of the same network by a quarter.
-    """
-    if _IS_GLIBC:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def placed(

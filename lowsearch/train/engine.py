@@ -26,6 +26,7 @@ import numpy as np
 from lowsearch.arch import Arch
 from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
 from lowsearch.errors import DataError, UsageError
+from lowsearch.memory import keep_freed_memory
 from lowsearch.train.augment import Augmentation, drawing_from, resampled
 from lowsearch.train.checkpoint import load_checkpoint, save_tensors
 from lowsearch.train.distributed import Ranks, require_shares
@@ -126,7 +127,8 @@ def train(
     `ranks`: the processes that train it together; all call this with the same arguments, and all get the result.
     Raises DataError when the data has other classes than `arch`, StudyError when the checkpoint belongs to another training,
     CheckpointError when the recipe's teacher does not fit the data, and UsageError when a batch is too small for all `ranks` or the
-    recipe asks of an `OtherNetwork` what only ours have.
+    recipe asks of an `OtherNetwork` what only ours have. On the CPU the process keeps from then on what memory it frees
+    (`memory.keep_freed_memory`).
     """
     if arch.num_classes != len(data.classes):
         raise DataError(
@@ -137,6 +139,8 @@ def train(
         raise UsageError(f"until is {until!r}, expected a fraction of the schedule in (0, 1]")
     import torch
 
+    if device == "cpu":
+        keep_freed_memory()
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, ranks=ranks, cpu_clock=cpu_clock, init=init)
         return run.to(until, progress)

@@ -30,6 +30,7 @@ from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.files import write_atomically
+from lowsearch.memory import keep_freed_memory
 from lowsearch.space import SearchSpace
 from lowsearch.train.checkpoint import load_checkpoint, load_tensors, save_tensors
 from lowsearch.train.distributed import Ranks, require_shares
@@ -142,6 +143,8 @@ def train_supernet(
         write_atomically(folder / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
     if (folder / WEIGHTS).exists():
         return load_supernet(folder, device=device)
+    if device == "cpu":
+        keep_freed_memory()
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         training = _Training(plan, data, folder, device=device, ranks=ranks)
         training.run(progress)
