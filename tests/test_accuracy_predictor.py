@@ -14,7 +14,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct
 
 from lowsearch import cost
 from lowsearch.accuracy.gaussian import CONSTANT_STD, GaussianProcess, Points
-from lowsearch.accuracy.predictor import AccuracyPredictor, CurveModel
+from lowsearch.accuracy.predictor import LOG_LOSS_SLOPE, AccuracyPredictor, CurveModel, _CurveFit
 from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.errors import UsageError
 from lowsearch.space import SearchSpace
@@ -27,11 +27,17 @@ FRACTIONS = (0.25, 0.5, 1.0)
 def record(genome: np.ndarray, accuracies: list[float], *, seed: int = 0, **changes: Any) -> AccuracyRecord:
     """A training of `genome` that reached as many of FRACTIONS as there are `accuracies`."""
     curve = tuple(
-        CurvePoint(fraction=f, step=int(100 * f), train_loss=1.0, val_accuracy=a, val_loss=1.0, cpu_seconds=10 * f)
+        CurvePoint(
+            fraction=f, step=int(100 * f), train_loss=1.0, val_accuracy=a, val_loss=2.5 * max(1 - a, 0.01) ** 0.8, cpu_seconds=10 * f
+        )
         for f, a in zip(FRACTIONS, accuracies, strict=False)
     )
     values: dict[str, Any] = {"recipe": "r", "recipe_hash": "r", "data": "d", "data_hash": "d", **changes}
     return AccuracyRecord(arch=SPACE.decode(genome), seed=seed, rung=curve[-1].fraction, curve=curve, **values)
+
+
+def at(fraction: float, accuracy: float, loss: float = 1.0) -> CurvePoint:
+    return CurvePoint(fraction=fraction, step=int(100 * fraction), train_loss=1.0, val_accuracy=accuracy, val_loss=loss, cpu_seconds=1.0)
 
 
 def rank(a: Any, b: Any) -> float:
@@ -273,7 +279,7 @@ def test_further_along_the_curve_the_interval_narrows() -> None:
 
 
 def test_curve_is_extrapolated_upwards_before_anything_went_further() -> None:
-    low, half = (CurveModel(()).extrapolate(f, 0.7) for f in (0.25, 0.5))
+    low, half = (CurveModel(()).extrapolate(at(f, 0.7)) for f in (0.25, 0.5))
     assert 0.7 < half[0] < low[0] < 0.95 and half[1] < low[1]
 
 
@@ -282,8 +288,48 @@ def test_curve_model_learns_how_errors_fall() -> None:
     records = world.train(SPACE.sample(40, rng=world.rng))
     model = CurveModel(records)
     held_out = world.train(SPACE.sample(40, rng=world.rng))
-    error = [model.extrapolate(0.5, r.curve[1].val_accuracy)[0] - r.val_accuracy for r in held_out]
+    error = [model.extrapolate(r.curve[1])[0] - r.val_accuracy for r in held_out]
     assert abs(np.mean(error)) < 0.004 and np.std(error) < 0.012
+
+
+def test_curve_model_is_the_posterior_of_its_regression() -> None:
+    """Against a joint normal of coefficients and outcomes, conditioned on the outcomes."""
+    rng = np.random.default_rng(0)
+    points = [at(0.5, a, loss) for a, loss in zip(rng.uniform(0.4, 0.6, 7), rng.uniform(1, 2, 7), strict=True)]
+    fit = _CurveFit(0.5, list(zip(points, rng.uniform(0.6, 0.7, 7), strict=True)))
+    x = np.log(1 - np.array([p.val_accuracy for p in points]))
+    z = np.log([p.val_loss for p in points])
+    design = np.stack([np.ones(7), x - x.mean(), z - z.mean() - LOG_LOSS_SLOPE * (x - x.mean())], axis=1)
+    assert np.array([fit._row(p) for p in points]) == pytest.approx(design)
+    prior = np.diag(np.array([0.3 * np.sqrt(0.5), 0.5, 0.7]) ** 2) / (0.06**2 * 0.5)  # In units of the noise.
+    gain = prior @ design.T @ np.linalg.inv(design @ prior @ design.T + np.eye(7))
+    covariance = prior - gain @ design @ prior
+    assert np.linalg.inv(fit._precision) == pytest.approx(covariance)
+
+
+def test_of_two_trainings_alike_in_accuracy_the_one_of_lower_loss_is_expected_to_end_higher() -> None:
+    rng = np.random.default_rng(1)
+    genomes = SPACE.sample(40, rng=rng)
+    skill, luck = rng.normal(0, 1, 40), rng.normal(0, 1, 40)  # The loss tells the skill, the accuracy mostly the luck.
+    found = []
+    for genome, s, noise in zip(genomes, skill, luck, strict=True):
+        trained = record(genome, [0.5, 0.5 + 0.01 * s + 0.02 * noise, 0.7 + 0.02 * s])
+        curve = list(trained.curve)
+        curve[1] = replace(curve[1], val_loss=float(np.exp(-0.05 * s)))
+        found.append(replace(trained, curve=tuple(curve)))
+    model = CurveModel(found[:20])
+    better = [model.extrapolate(at(0.5, 0.5, loss))[0] for loss in (1.1, 1.0, 0.9)]
+    assert better == sorted(better)
+    guesses = [model.extrapolate(r.curve[1])[0] for r in found[20:]]
+    outcomes = [r.val_accuracy for r in found[20:]]
+    assert rank(guesses, outcomes) > rank([r.curve[1].val_accuracy for r in found[20:]], outcomes) + 0.2
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_no_number_is_left_out(loss: float) -> None:
+    model = CurveModel(World(3).train(SPACE.sample(10, rng=np.random.default_rng(0))))
+    usual = 2.5 * 0.5**0.8
+    assert model.extrapolate(at(0.5, 0.5, loss)) == pytest.approx(model.extrapolate(at(0.5, 0.5, usual)), abs=0.02)
 
 
 def test_known_network_is_judged_without_counting_its_curve_twice() -> None:
