@@ -400,7 +400,7 @@ def correct(model: Any, split: Split, resolution_px: int) -> np.ndarray:
     """Which images of `split` the trained `model` classifies rightly, (n,) bool."""
     import torch
 
-    from lowsearch.train.engine import network_input
+    from lowsearch.train.feed import network_input
 
     found = []
     with torch.inference_mode():

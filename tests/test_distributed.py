@@ -30,7 +30,7 @@ from lowsearch.train import Recipe, TrainResult, distributed, train
 from lowsearch.train.augment import Augmentation, drawing_from
 from lowsearch.train.checkpoint import load_tensors
 from lowsearch.train.distributed import Ranks, _Launched, launched_ranks
-from lowsearch.train.engine import augmented
+from lowsearch.train.feed import augmented
 
 ODD = Recipe(name="odd", epochs=1, train_images=63, batch_size=21)
 EVERYTHING = Recipe(

@@ -21,14 +21,14 @@ from test_train import SMALL, TrainingCuda, assert_same, network
 
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.cli import invoke
-from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData
+from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
 from lowsearch.errors import CheckpointError, StudyError, UsageError
 from lowsearch.model.blocks import randomise
 from lowsearch.model.lowformer import build_model
 from lowsearch.model.teacher import Teacher
 from lowsearch.study.assembly import prepare, schedule_of_study
 from lowsearch.study.settings import StudySettings
-from lowsearch.train import RECIPES, Recipe, TrainResult, check_recipe, recipe, train
+from lowsearch.train import RECIPES, Recipe, TrainResult, check_recipe, feed, recipe, train
 from lowsearch.train.augment import Augmentation, drawing_from
 from lowsearch.train.engine import _distillation, _loss, _Run
 from lowsearch.train.recipe import recipe_spec
@@ -94,6 +94,44 @@ def test_interrupted_training_with_everything_on_ends_bit_identical(
     for draw in (random.random, np.random.rand):
         draw()
     assert_same(train(SMALL, images, everything, seed=0, checkpoint=checkpoint), uninterrupted)
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_processes_that_prepare_batches_change_no_weight(
+    loaders: int, images: ImageData, everything: Recipe, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    assert_same(train(SMALL, images, everything, seed=0, loaders=loaders), uninterrupted)
+    half = train(SMALL, images, everything, seed=0, loaders=loaders, until=0.5, checkpoint=tmp_path / "c.safetensors")
+    assert half.fraction == 0.5
+    assert_same(train(SMALL, images, everything, seed=0, loaders=loaders, checkpoint=tmp_path / "c.safetensors"), uninterrupted)
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_images_on_disk_are_read_batch_by_batch_and_give_the_same_weights(
+    loaders: int, images: ImageData, everything: Recipe, uninterrupted: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifted = dataclasses.replace(PLAIN, flip=True, shift=0.1)
+    in_memory = train(SMALL, images, shifted, seed=0)
+    read: list[int] = []
+
+    def counted(stored: np.ndarray, *rest: Any) -> torch.Tensor:
+        read.append(len(stored))
+        return feed_resized(stored, *rest)
+
+    feed_resized = feed.resized
+    monkeypatch.setattr(feed, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(feed, "resized", counted)
+    splits = {name: _on_disk(getattr(images, name), tmp_path / f"{name}.npy") for name in ("train", "val", "test")}
+    on_disk = dataclasses.replace(images, **splits)
+    assert on_disk.data_hash == images.data_hash
+    assert_same(train(SMALL, on_disk, everything, seed=0, loaders=loaders), uninterrupted)
+    assert_same(train(SMALL, on_disk, shifted, seed=0, loaders=loaders), in_memory)
+    assert len(images.val) in read and len(images.train) not in read
+
+
+def _on_disk(split: Split, path: Path) -> Split:
+    np.save(path, split.images)
+    return Split(images=np.load(path, mmap_mode="r"), labels=split.labels)
 
 
 def test_training_with_everything_on_reads_and_moves_no_global_generator(
@@ -204,7 +242,7 @@ def test_crops_come_from_the_stored_image_and_fill_the_network_s_resolution(imag
     assert 25 < spans.min() < 45 and spans.max() <= 64  # at least a quarter of the area, at an aspect of 3/4 to 4/3
     cropped = dataclasses.replace(PLAIN, random_crop=0.5)
     run = _Run(network(resolution_px=48), images, cropped, seed=0, checkpoint=None, device="cpu", cpu_clock=time.process_time)
-    assert run.train_images_BHWC.shape[1] == 32 and run.val_images_BHWC.shape[1] == 48
+    assert run.feed._images.px == 32 and run.val_images.px == 48
 
 
 def test_batches_are_drawn_at_the_recipe_s_resolutions_and_at_no_others(images: ImageData) -> None:

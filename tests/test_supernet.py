@@ -31,7 +31,8 @@ from lowsearch.model.elastic import Supernet
 from lowsearch.space import SearchSpace
 from lowsearch.train import CurvePoint, Recipe, evaluate
 from lowsearch.train.distributed import Ranks
-from lowsearch.train.engine import hash_of_init, network_input
+from lowsearch.train.engine import hash_of_init
+from lowsearch.train.feed import network_input
 from lowsearch.train.supernet import (
     CHECKPOINT,
     PLAN,

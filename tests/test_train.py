@@ -28,7 +28,8 @@ from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.model.lowformer import build_model
 from lowsearch.train import RECIPES, OtherNetwork, Recipe, TrainResult, evaluate, recipe, train
 from lowsearch.train.checkpoint import load_tensors
-from lowsearch.train.engine import _Run, _score, augmented, learning_rate_factor, resized
+from lowsearch.train.engine import _Run, _score, learning_rate_factor
+from lowsearch.train.feed import Images, augmented, resized
 from lowsearch.train.recorded import Recorded
 
 
@@ -299,7 +300,7 @@ def test_score_counts_hits_and_averages_the_loss() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.tensor([0.0, math.log(3.0)]).expand(len(x), 2)
 
-    accuracy, loss = _score(Fixed(), torch.zeros((600, 8, 8, 3), dtype=torch.uint8), torch.tensor([1] * 450 + [0] * 150))
+    accuracy, loss = _score(Fixed(), Images(np.zeros((600, 8, 8, 3), dtype=np.uint8), 8), torch.tensor([1] * 450 + [0] * 150))
     assert accuracy == 0.75
     assert loss == pytest.approx(0.75 * -math.log(0.75) + 0.25 * -math.log(0.25))
 

@@ -226,7 +226,7 @@ def _random_network(arch: Arch, seed: int) -> nn.Module:
 
 
 def _input(arch: Arch, batch: Split) -> Tensor:
-    from lowsearch.train.engine import network_input
+    from lowsearch.train.feed import network_input
 
     return network_input(batch.images, arch.resolution_px)
 

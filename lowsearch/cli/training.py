@@ -48,6 +48,10 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    loaders: Annotated[
+        int | None,
+        typer.Option("--loaders", min=0, help="Processes that prepare batches ahead; default: some where a GPU would wait for them."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for weights and metrics; default: ./trained/<arch_id>-<recipe>-s<seed>.")
     ] = None,
@@ -91,7 +95,7 @@ def train(
         folder = out or Path("trained") / f"{network.arch_id}-{schedule.name}{began}-s{seed}"
         with progress_bar() as progress:
             metrics = train_fully(
-                network, images, schedule, seed=seed, folder=folder, init=start, origin=origin, device=device, ranks=ranks,
+                network, images, schedule, seed=seed, folder=folder, init=start, origin=origin, device=device, ranks=ranks, loaders=loaders,
                 progress=None if ranks.rank else lambda done: progress(round(100 * done), 100, f"train {network.arch_id}"),
             )  # fmt: skip
     if ranks.rank != 0:

@@ -27,9 +27,10 @@ from lowsearch.arch import Arch
 from lowsearch.data import IMAGE_MEAN, IMAGE_STD, ImageData, Split
 from lowsearch.errors import DataError, UsageError
 from lowsearch.memory import keep_freed_memory
-from lowsearch.train.augment import Augmentation, drawing_from, resampled
+from lowsearch.train.augment import Augmentation, drawing_from
 from lowsearch.train.checkpoint import load_checkpoint, save_tensors
 from lowsearch.train.distributed import Ranks, require_shares
+from lowsearch.train.feed import Feed, Images, as_tensor, normalised
 from lowsearch.train.recipe import Recipe, teacher_files
 from lowsearch.train.recorded import Recorded
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 CHECKPOINTS_PER_SCHEDULE = 20
 """A killed training loses at most this part of its schedule."""
 _EVALUATION_BATCH = 250
-_ORDER, _AUGMENTATION, _MODEL, _TIMM, _IMAGES = 1, 2, 3, 4, 5  # what a random stream is for, so that no two share numbers
+_MODEL = 3  # What a stream of random numbers is for; the others are the feed's.
 
 _log = logging.getLogger(__name__)
 
@@ -119,12 +120,15 @@ def train(
     progress: Callable[[float], None] | None = None,
     device: str = "cpu",
     ranks: Ranks | None = None,
+    loaders: int | None = None,
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> TrainResult:
     """Train `arch` up to `until` of the full schedule, going on from `checkpoint` where it exists, and writing it on the way.
 
     `init`: the state dict to start from, instead of random weights. `progress` hears the fraction of the schedule done after every step.
-    `ranks`: the processes that train it together; all call this with the same arguments, and all get the result.
+    `ranks`: the processes that train it together; all call this with the same arguments, and all get the result. `loaders`: processes
+    that prepare batches ahead, by default none on a CPU and up to eight where a GPU would wait for crops or images on disk; they change
+    nothing but the time, and theirs is in no `cpu_seconds`.
     Raises DataError when the data has other classes than `arch`, StudyError when the checkpoint belongs to another training,
     CheckpointError when the recipe's teacher does not fit the data, and UsageError when a batch is too small for all `ranks` or the
     recipe asks of an `OtherNetwork` what only ours have. On the CPU the process keeps from then on what memory it frees
@@ -142,7 +146,18 @@ def train(
     if device == "cpu":
         keep_freed_memory()
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
-        run = _Run(arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, ranks=ranks, cpu_clock=cpu_clock, init=init)
+        run = _Run(
+            arch,
+            data,
+            recipe,
+            seed=seed,
+            checkpoint=checkpoint,
+            device=device,
+            ranks=ranks,
+            loaders=loaders,
+            cpu_clock=cpu_clock,
+            init=init,
+        )
         return run.to(until, progress)
 
 
@@ -174,7 +189,7 @@ def evaluate(model: nn.Module, split: Split, resolution_px: int, *, device: str 
 
     `ranks`: the processes that share the images; each has the same `model`.
     """
-    return _score(model.to(device), resized(split.images, resolution_px, device), as_tensor(split.labels).to(device), ranks)[0]
+    return _score(model.to(device), Images(split.images, resolution_px, device), as_tensor(split.labels).to(device), ranks)[0]
 
 
 def hash_of_init(init: Mapping[str, Tensor] | None) -> str | None:
@@ -186,11 +201,6 @@ def hash_of_init(init: Mapping[str, Tensor] | None) -> str | None:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:10]
-
-
-def network_input(images: np.ndarray, resolution_px: int) -> Tensor:
-    """uint8 `images` (n, side, side, 3) as a network of `resolution_px` sees them, (n, 3, resolution_px, resolution_px)."""
-    return normalised(resized(images, resolution_px))
 
 
 class _Run:
@@ -208,6 +218,7 @@ class _Run:
         cpu_clock: Callable[[], float],
         init: Mapping[str, Tensor] | None = None,
         ranks: Ranks | None = None,
+        loaders: int | None = None,
     ) -> None:
         import torch
 
@@ -221,9 +232,8 @@ class _Run:
         require_shares(self.batch_size, self.ranks.size)
         # A crop is taken from the stored image and resampled once; everything else works on images of the network's resolution.
         train_px = data.image_px if recipe.random_crop else arch.resolution_px
-        self.train_images_BHWC = resized(data.train.images[:n_images], train_px, device)
         self.train_labels = as_tensor(data.train.labels[:n_images]).to(device)
-        self.val_images_BHWC = resized(data.val.images, arch.resolution_px, device)
+        self.val_images = Images(data.val.images, arch.resolution_px, device)
         self.val_labels = as_tensor(data.val.labels).to(device)
         self.identity = {
             "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data_hash": data.data_hash, "seed": seed,
@@ -234,6 +244,10 @@ class _Run:
             self.augmentation = Augmentation(
                 recipe, resolution_px=arch.resolution_px, total_stride=arch.total_stride, num_classes=arch.num_classes
             )
+        self.feed = Feed(
+            data.train.images[:n_images], train_px, recipe, self.augmentation, seed=seed, batch_size=self.batch_size,
+            steps_per_epoch=self.steps_per_epoch, ranks=self.ranks, device=device, loaders=loaders,
+        )  # fmt: skip
         self.teacher = None if recipe.teacher is None else _teacher(recipe.teacher, arch.num_classes).to(device)
 
         model = _built(arch, seed=seed, drop_path=recipe.drop_path, mlp_dropout=recipe.mlp_dropout)
@@ -267,9 +281,10 @@ class _Run:
         stop = _step_of(until, self.total_steps)
         evaluated = {_step_of(fraction, self.total_steps) for fraction in self.recipe.evaluate_at} | {stop}
         saved = {_step_of(i / CHECKPOINTS_PER_SCHEDULE, self.total_steps) for i in range(1, CHECKPOINTS_PER_SCHEDULE + 1)}
+        batches = self.feed.steps(self.step, stop)
         while self.step < stop:
             if not self.diverged:
-                self._train_step()
+                self._train_step(next(batches))
             self.step += 1
             if self.step in evaluated:
                 self._evaluate()
@@ -284,24 +299,15 @@ class _Run:
             curve=tuple(self.curve), diverged=self.diverged, weights=portable(self._evaluated_state()),
         )  # fmt: skip
 
-    def _train_step(self) -> None:
+    def _train_step(self, images_BHWC: Tensor) -> None:
         import torch
 
         recipe = self.recipe
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.train_labels))
-        mine = self.ranks.share(self.batch_size)
-        chosen = as_tensor(order[position * self.batch_size : (position + 1) * self.batch_size][mine]).to(self.device)
-        rng = np.random.default_rng([self.seed, _AUGMENTATION, self.step])
-        images_BHWC = augmented(self.train_images_BHWC, chosen, recipe, rng, part=(mine, self.batch_size))
-        targets = self.train_labels[chosen]
-        if self.augmentation is None:
-            x_BCHW = normalised(images_BHWC)
-        else:
-            keys = np.random.default_rng([self.seed, _IMAGES, self.step]).integers(2**63, size=(2, self.batch_size))[:, mine].tolist()
-            with drawing_from(np.random.default_rng([self.seed, _TIMM, self.step])):
-                x_BCHW = normalised(self.augmentation.pixels(images_BHWC, keys[0]))
-                x_BCHW, targets = self.augmentation.mixed(x_BCHW, targets, keys[1])
+        targets = self.train_labels[as_tensor(self.feed.places(self.step)).to(self.device)]
+        x_BCHW = normalised(images_BHWC)
+        if self.augmentation is not None:
+            with drawing_from(self.feed.draws(self.step)):
+                x_BCHW, targets = self.augmentation.mixed(x_BCHW, targets, self.feed.keys(self.step)[1].tolist())
         # Of dropout and stochastic depth, which every process draws for its own images.
         key = [self.seed, _MODEL, self.step] + [self.ranks.rank] * bool(self.ranks.rank)
         torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
@@ -373,7 +379,7 @@ class _Run:
 
     def _score_evaluated_state(self) -> tuple[float, float]:
         with self._averaged_weights():
-            return _score(self.model, self.val_images_BHWC, self.val_labels, self.ranks)
+            return _score(self.model, self.val_images, self.val_labels, self.ranks)
 
     def _averaged_weights(self) -> Any:
         return nullcontext() if self.average is None else _Swapped(self.model, self.average)
@@ -495,41 +501,8 @@ def _teacher(teacher: str, num_classes: int) -> nn.Module:
     return own_teacher(files[0], files[1], num_classes=num_classes, mean=IMAGE_MEAN, std=IMAGE_STD)
 
 
-def augmented(
-    images_BHWC: Tensor, chosen: Tensor, recipe: Recipe, rng: np.random.Generator, *, part: tuple[np.ndarray, int] | None = None
-) -> Tensor:
-    """The `chosen` of uint8 `images_BHWC`, each shifted and mirrored at random.
-
-    `part`: the places of the chosen in a batch, and its size, where they are not all of it; `rng` draws for the whole batch.
-    """
-    import torch
-
-    n, px = len(chosen), images_BHWC.shape[1]
-    places, drawn = (np.arange(n), n) if part is None else part
-    device = images_BHWC.device
-    reach = round(recipe.shift * px)
-    shifts = rng.integers(-reach, reach + 1, size=(2, drawn, 1))[:, places]
-    rows, columns = np.clip(np.arange(px) + shifts, 0, px - 1)
-    if recipe.flip:
-        columns = np.where((rng.random((drawn, 1)) < 0.5)[places], columns[:, ::-1], columns)
-    # One gather from a flat list of pixels: a third of the time of indexing with three tensors.
-    pixels = (
-        chosen.to(device)[:, None, None] * (px * px) + as_tensor(rows * px).to(device)[:, :, None] + as_tensor(columns).to(device)[:, None]
-    )
-    return torch.index_select(images_BHWC.reshape(-1, 3), 0, pixels.reshape(-1)).reshape(n, px, px, 3)
-
-
-def normalised(images_BHWC: Tensor) -> Tensor:
-    """uint8 pixels as the network's input; NHWC memory seen as NCHW is the channels-last layout, so nothing is copied for it."""
-    import torch
-
-    mean = torch.tensor(IMAGE_MEAN, device=images_BHWC.device) * 255
-    std = torch.tensor(IMAGE_STD, device=images_BHWC.device) * 255
-    return ((images_BHWC.float() - mean) / std).permute(0, 3, 1, 2)
-
-
-def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor, ranks: Ranks | None = None) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) of `model` on uint8 images of its own resolution, whose batches `ranks` deal out."""
+def _score(model: nn.Module, images: Images, labels: Tensor, ranks: Ranks | None = None) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of `model` on images of its own resolution, whose batches `ranks` deal out."""
     import torch
     import torch.nn.functional as F
 
@@ -540,30 +513,12 @@ def _score(model: nn.Module, images_BHWC: Tensor, labels: Tensor, ranks: Ranks |
     with torch.inference_mode():
         for start in range(ranks.rank * _EVALUATION_BATCH, len(labels), ranks.size * _EVALUATION_BATCH):
             batch = slice(start, start + _EVALUATION_BATCH)
-            logits = model(normalised(images_BHWC[batch]))
+            logits = model(normalised(images.at(batch)))
             correct += int((logits.argmax(1) == labels[batch]).sum())
             loss += float(F.cross_entropy(logits, labels[batch], reduction="sum"))
     model.train(was_training)
     correct, loss = ranks.total(correct, loss)
     return correct / len(labels), loss / len(labels)
-
-
-def resized(images: np.ndarray, px: int, device: str = "cpu") -> Tensor:
-    """`images` (n, side, side, 3) as a uint8 tensor (n, px, px, 3) on `device`, resampled once with antialiasing."""
-    import torch
-
-    if images.shape[1] == px:
-        return torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    out = torch.empty((len(images), px, px, 3), dtype=torch.uint8, device=device)
-    for start in range(0, len(images), 500):
-        out[start : start + 500] = resampled(torch.from_numpy(np.ascontiguousarray(images[start : start + 500])).to(device), px)
-    return out
-
-
-def as_tensor(values: np.ndarray) -> Tensor:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values))
 
 
 def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,12 +37,13 @@ def train_fully(
     origin: Mapping[str, Any] | None = None,
     device: str = "cpu",
     ranks: Ranks | None = None,
+    loaders: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Train `arch`, write arch.json, model.safetensors and metrics.json to `folder`, and return the metrics.
 
     Accuracies are fractions, each with the standard error of its finite number of images. `init`: the state dict to start from, instead of
-    random weights; `origin`: where it is from, for the metrics; `ranks`: the processes that train it together, as of `train`. Raises
+    random weights; `origin`: where it is from, for the metrics; `ranks` and `loaders` are those of `train`. Raises
     StudyError where `folder` holds another training.
     """
     identity = {
@@ -54,7 +55,9 @@ def train_fully(
     if finished is not None:
         return finished
     checkpoint = folder / "checkpoint.safetensors"
-    result = train(arch, data, recipe, seed=seed, checkpoint=checkpoint, init=init, progress=progress, device=device, ranks=ranks)
+    result = train(
+        arch, data, recipe, seed=seed, checkpoint=checkpoint, init=init, progress=progress, device=device, ranks=ranks, loaders=loaders
+    )
     test_accuracy = evaluate(result.model(), data.test, arch.resolution_px, device=device, ranks=ranks)
     metrics = {
         **identity,

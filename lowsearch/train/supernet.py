@@ -34,7 +34,8 @@ from lowsearch.memory import keep_freed_memory
 from lowsearch.space import SearchSpace
 from lowsearch.train.checkpoint import load_checkpoint, load_tensors, save_tensors
 from lowsearch.train.distributed import Ranks, require_shares
-from lowsearch.train.engine import as_tensor, augmented, learning_rate_factor, normalised, portable, resized
+from lowsearch.train.engine import learning_rate_factor, portable
+from lowsearch.train.feed import as_tensor, augmented, normalised, resized
 from lowsearch.train.recipe import Recipe
 
 if TYPE_CHECKING:
