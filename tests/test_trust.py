@@ -15,34 +15,49 @@ import numpy as np
 import pytest
 import study_fakes as fakes
 
-from lowsearch.accuracy.agreement import Agreement, Lead, agreement
+from lowsearch.accuracy.agreement import Agreement, Lead, agreement, spearman
 from lowsearch.errors import StudyError
 from lowsearch.report import sections
 from lowsearch.report.study_files import read_study
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import LowSearchSampler, Proposal
 from lowsearch.study import run as studies
-from lowsearch.study.gate import MIN_NETWORKS, SteeringGate, clearly_fails, forecast_agreement, why_steering_ended
+from lowsearch.study.gate import (
+    MIN_NETWORKS,
+    SIGNALS,
+    USEFUL,
+    Gate,
+    Signal,
+    at_most,
+    clearly_fails,
+    follows_next,
+    judged_signals,
+    what_failed,
+)
 from lowsearch.study.parts import Parts
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
-from lowsearch.study.trust import BETWEEN_SEEDS, PREDICTOR, Signal, Trust, ceiling_of, trust, verdict_of
+from lowsearch.study.trust import BETWEEN_SEEDS, PREDICTOR, Ranking, Trust, ceiling_of, trust, verdict_of
 from lowsearch.study.workers.worker import SearchWorker
 
 SPACE = fakes.SPACE
 
 
 class Liar:
-    """A predictor whose forecasts have nothing to do with the networks."""
+    """A predictor whose forecasts have nothing to do with the networks; each `seed` has its own luck with a few of them."""
+
+    def __init__(self, seed: int = 7) -> None:
+        self.seed = seed
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return 0.5 + 0.3 * (genomes.astype(float) @ np.random.default_rng(7).normal(size=SPACE.n_genes) % 1), np.full(len(genomes), 0.05)
+        taste = np.random.default_rng(self.seed).normal(size=SPACE.n_genes)
+        return 0.5 + 0.3 * (genomes.astype(float) @ taste % 1), np.full(len(genomes), 0.05)
 
     def predict_record(self, record: Any) -> tuple[float, float]:
-        return float(np.random.default_rng(int(record.arch_id, 16)).uniform(0.3, 0.8)), 0.05
+        return float(np.random.default_rng([self.seed, int(record.arch_id, 16)]).uniform(0.3, 0.8)), 0.05
 
 
-def make_parts(folder: Path, settings: StudySettings, *, lie: bool = False) -> Parts:
+def make_parts(folder: Path, settings: StudySettings, *, fit: Any = None) -> Parts:
     """The fakes' parts, with a held-out set in trust.jsonl, and a `trained` file that counts its trainings."""
 
     class HeldOut(fakes.FakeTraining):
@@ -64,13 +79,13 @@ def make_parts(folder: Path, settings: StudySettings, *, lie: bool = False) -> P
     return dataclasses.replace(
         fakes.make_parts(folder, settings), held_out=HeldOut, held_out_records=held_out,
         proxies=lambda archs, progress: {"NASWOT": np.arange(len(archs), dtype=float)},
-        **({"fit": lambda records: Liar()} if lie else {}),
+        **({"fit": fit} if fit is not None else {}),
     )  # fmt: skip
 
 
-def search(folder: Path, settings: StudySettings, *, lie: bool = False) -> list[Any]:
+def search(folder: Path, settings: StudySettings, *, fit: Any = None) -> list[Any]:
     folder.mkdir(exist_ok=True)
-    parts = make_parts(folder, settings, lie=lie)
+    parts = make_parts(folder, settings, fit=fit)
     plan = studies._opened(folder, settings, parts)
     study = open_study(folder, settings.objectives)
     reclaim(study)
@@ -187,11 +202,11 @@ def test_progress_ends_at_its_total(study: Path) -> None:
 # --- the verdict ------------------------------------------------------------------------------------------------------------------
 
 
-def signals(own: tuple[float, float], macs: float = 0.3) -> list[Signal]:
+def signals(own: tuple[float, float], macs: float = 0.3) -> list[Ranking]:
     return [
-        Signal(name=PREDICTOR, band="", agreement=Agreement(n_networks=12, spearman=own[0], low=own[1], high=1.0)),
-        Signal(name="params", band="", agreement=Agreement(n_networks=12, spearman=0.1)),
-        Signal(name="MACs", band="", agreement=Agreement(n_networks=12, spearman=macs)),
+        Ranking(name=PREDICTOR, band="", agreement=Agreement(n_networks=12, spearman=own[0], low=own[1], high=1.0)),
+        Ranking(name="params", band="", agreement=Agreement(n_networks=12, spearman=0.1)),
+        Ranking(name="MACs", band="", agreement=Agreement(n_networks=12, spearman=macs)),
     ]
 
 
@@ -222,66 +237,154 @@ def test_the_ceiling_is_what_knowing_the_truth_would_reach() -> None:
 
 
 def test_a_predictor_that_does_not_vary_is_not_trusted() -> None:
-    found = [Signal(name=PREDICTOR, band="", agreement=agreement(np.ones(9), np.arange(9))), *signals((0, 0))[1:]]
+    found = [Ranking(name=PREDICTOR, band="", agreement=agreement(np.ones(9), np.arange(9))), *signals((0, 0))[1:]]
     assert verdict_of(found, {})[0] == "not trusted"
 
 
 def test_a_good_predictor_is_trusted_and_a_liar_is_not(study: Path) -> None:
     good = examine(study, n_networks=24)
     assert good.verdict != "not trusted" and (by_name(good)[PREDICTOR].spearman or 0) > 0.4
-    liar = trust(study, n_networks=24, parts=lambda folder, settings: make_parts(folder, settings, lie=True))
+    liar = trust(study, n_networks=24, parts=lambda folder, settings: make_parts(folder, settings, fit=lambda records: Liar()))
     assert liar.verdict == "not trusted"
 
 
 # --- the light version in a running search ----------------------------------------------------------------------------------------
 
 
-def test_forecasts_are_cross_validated_over_networks(searched: Path) -> None:
+class Lying(fakes.FakeScorer):
+    """Useful, but for its ranking by the architecture (`predict`) or by the lowest rung (`predict_record`)."""
+
+    def __init__(self, records: Any, what: str, seed: int = 7) -> None:
+        super().__init__(records)
+        setattr(self, what, getattr(Liar(seed), what))
+
+
+def judged(records: Any, fit: Any = fakes.FakeScorer) -> dict[Signal, Agreement]:
+    return judged_signals(records, SPACE, fit)
+
+
+def test_signals_are_cross_validated_over_networks(searched: Path) -> None:
     records = fakes.FakeRecords(searched).read()
     full = {r.arch_id for r in records if r.rung >= 1}
     seen: list[set[str]] = []
 
+    class Watched(fakes.FakeScorer):
+        def predict(self, genomes: np.ndarray) -> Any:
+            assert not {SPACE.decode(genome).arch_id for genome in genomes} & seen[-1]
+            return super().predict(genomes)
+
+        def predict_record(self, record: Any) -> Any:
+            assert record.arch_id not in seen[-1] or not hasattr(self, "mean")  # While it is fitted it reads what it learns from.
+            return super().predict_record(record)
+
     def fit(found: Any) -> Any:
         seen.append({r.arch_id for r in found})
-        return fakes.FakeScorer(found)
+        return Watched(found)
 
-    found = forecast_agreement(records, fit)
-    assert found.n_networks == len(full) and (found.spearman or 0) > 0.8
-    assert all(fold < full for fold in seen) and set.intersection(*seen) == set()
+    found = judged(records, fit)
+    assert all(signal.n_networks == len(full) and (signal.spearman or 0) > 0.5 for signal in found.values())
+    assert all(full - fold and {r.arch_id for r in records} - full <= fold for fold in seen) and set.intersection(*seen) & full == set()
 
 
 def test_nothing_is_judged_before_there_are_enough_networks() -> None:
-    assert not clearly_fails(Agreement(n_networks=MIN_NETWORKS - 1, spearman=-0.9, low=-1.0, high=-0.5))
-    assert clearly_fails(Agreement(n_networks=MIN_NETWORKS, spearman=-0.2, low=-0.7, high=0.2))
-    assert clearly_fails(Agreement(n_networks=MIN_NETWORKS))  # forecasts that do not vary
-    assert not clearly_fails(Agreement(n_networks=MIN_NETWORKS, spearman=0.1, low=-0.5, high=0.6))
+    assert not clearly_fails(Agreement(n_networks=MIN_NETWORKS - 1, spearman=-0.9))
+    assert clearly_fails(Agreement(n_networks=MIN_NETWORKS, spearman=-0.2))
+    assert clearly_fails(Agreement(n_networks=MIN_NETWORKS))  # a signal that does not vary
+    assert not clearly_fails(Agreement(n_networks=MIN_NETWORKS, spearman=0.1))
+    assert clearly_fails(Agreement(n_networks=60, spearman=0.1))
 
 
-def test_a_search_whose_predictor_fails_goes_on_at_random_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowsearch.study.gate.HOPELESS", 0.7)  # A dozen random forecasts are seldom proven to be below 0.2.
+@pytest.mark.parametrize("true", [0.2, 0.7])
+def test_the_bound_on_a_rank_correlation_covers_what_it_says(true: float) -> None:
+    rng = np.random.default_rng(0)
+    correlation = 2 * np.sin(np.pi * true / 6)
+    signal = rng.normal(size=(1500, 20))
+    outcome = correlation * signal + np.sqrt(1 - correlation**2) * rng.normal(size=signal.shape)
+    held = [true <= at_most(spearman(a, b) or 0.0, 20) for a, b in zip(signal, outcome, strict=True)]
+    assert np.mean(held) == pytest.approx(0.9, abs=0.025)
+
+
+def test_useless_signals_are_mostly_found_out_and_useful_ones_are_not(searched: Path) -> None:
+    full = [r for r in fakes.FakeRecords(searched).read() if r.rung >= 1]
+    assert len(full) >= MIN_NETWORKS
+    rng = np.random.default_rng(0)
+    truth = [fakes.true_accuracy(SPACE.encode(r.arch)[None])[0] for r in full]
+    dealt = [[dataclasses.replace(r, val_accuracy=a) for r, a in zip(full, rng.permutation(truth), strict=True)] for _ in range(40)]
+    assert np.mean([clearly_fails(judged(records)["steering"]) for records in dealt]) > 0.4
+    noisy = [[dataclasses.replace(r, val_accuracy=r.val_accuracy + 0.01 * rng.normal()) for r in full] for _ in range(40)]
+    assert not any(clearly_fails(judged(records)["steering"]) for records in noisy)
+
+
+def test_a_search_that_is_steered_by_a_useless_predictor_goes_on_at_random_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LowSearchSampler, "proposal", quick_proposal)
     folder = tmp_path / "study"
-    found = search(folder, StudySettings(trials=30, workers=1, seed=1), lie=True)
-    why = why_steering_ended(folder)
-    since = json.loads((folder / "steering.json").read_text())["ended_at_trial"]
-    assert f"from trial {since} on, networks are drawn at random" in why
+    found = search(folder, StudySettings(trials=30, workers=1, seed=1), fit=lambda records: Lying(records, "predict", seed=2))
+    since = json.loads((folder / "gate.json").read_text())["steering"]["changes"][0]
+    assert f"from trial {since} on, networks are drawn at random" in what_failed(folder, "steering")
+    assert what_failed(folder, "promotion") == ""
     proposals = [c for c in found if c.origin != "family"]
     assert {c.origin for c in proposals if c.number < since} == {"proposed"}
     after = [c for c in proposals if c.number >= since]
-    assert len(after) > 3 and all(c.origin == "random" and c.rung == 1.0 for c in after)
-    resumed = search(folder, StudySettings(trials=33, workers=1, seed=1))  # with an honest predictor: what has ended stays so
+    assert len(after) > 3 and {c.origin for c in after} == {"random"} and {c.rung for c in after} > {1.0}  # Still promoted.
+    resumed = search(folder, StudySettings(trials=33, workers=1, seed=1))  # with an honest predictor, which is not judged yet
     assert {c.origin for c in resumed[len(found) :]} == {"random"}
 
 
-def test_a_search_whose_predictor_works_keeps_steering(searched: Path, tmp_path: Path) -> None:
+def test_a_predictor_that_has_learned_to_rank_steers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LowSearchSampler, "proposal", quick_proposal)
+    folder = tmp_path / "study"
+
+    def fit(records: Any) -> Any:
+        return Lying(records, "predict", seed=2) if len({r.arch_id for r in records if r.rung >= 1}) < 13 else fakes.FakeScorer(records)
+
+    found = search(folder, StudySettings(trials=40, workers=1, seed=1), fit=fit)
+    off, on = json.loads((folder / "gate.json").read_text())["steering"]["changes"]
+    assert f"in trials {off} to {on - 1}, networks are drawn at random" in what_failed(folder, "steering")
+    for c in found:
+        assert c.origin == "family" or c.origin == ("random" if off <= c.number < on else "proposed")
+    assert max(c.number for c in found) > on
+
+
+def test_where_forecasts_fail_every_network_is_trained_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LowSearchSampler, "proposal", quick_proposal)
+    folder = tmp_path / "study"
+    found = search(folder, StudySettings(trials=40, workers=1, seed=1), fit=lambda records: Lying(records, "predict_record", seed=8))
+    since = json.loads((folder / "gate.json").read_text())["promotion"]["changes"][0]
+    assert f"from trial {since} on, every network is trained on the whole schedule" in what_failed(folder, "promotion")
+    assert what_failed(folder, "steering") == ""
+    proposals = [c for c in found if c.origin != "family"]
+    assert {c.origin for c in proposals} == {"proposed"} and any(c.rung < 1 for c in proposals if c.number < since)
+    after = [c for c in proposals if c.number >= since]
+    assert len(after) > 3 and {c.rung for c in after} == {1.0}
+
+
+def test_a_search_whose_predictor_works_keeps_following_it(searched: Path, tmp_path: Path) -> None:
     records = fakes.FakeRecords(searched).read()
-    gate = SteeringGate(tmp_path, fakes.FakeScorer)
+    gate = Gate(tmp_path, SPACE, fakes.FakeScorer)
     gate.judge(records, n_trials=20)
-    assert not gate.ended and why_steering_ended(tmp_path) == ""
+    assert all(gate.follows(signal, trial=20) and not what_failed(tmp_path, signal) for signal in SIGNALS)
     assert len({r.arch_id for r in records if r.rung >= 1}) >= MIN_NETWORKS
 
 
-def test_judging_is_rare_shared_and_final(searched: Path, tmp_path: Path) -> None:
+def test_a_trial_keeps_what_it_began_with(tmp_path: Path) -> None:
+    promotion = {"changes": [9, 14, 20], "n_networks": 30, "spearman": None}
+    (tmp_path / "gate.json").write_text(json.dumps({"n_networks": 30, "promotion": promotion}))
+    gate = Gate(tmp_path, SPACE, fakes.FakeScorer)
+    assert [number for number in range(25) if not gate.follows("promotion", trial=number)] == [*range(9, 14), *range(20, 25)]
+    assert all(gate.follows("steering", trial=number) for number in range(25)) and what_failed(tmp_path, "steering") == ""
+    assert "does not vary); in trials 9 to 13 and from trial 20 on, every network" in what_failed(tmp_path, "promotion")
+
+
+def test_what_failed_has_to_rank_as_a_useful_signal_does() -> None:
+    doubtful, useful = (Agreement(n_networks=24, spearman=rho) for rho in (USEFUL - 0.1, USEFUL))
+    assert follows_next(doubtful, followed=True) and not follows_next(doubtful, followed=False)
+    assert follows_next(useful, followed=False)
+    assert not follows_next(Agreement(n_networks=24), followed=False)
+
+
+def test_judging_is_rare_and_shared(searched: Path, tmp_path: Path) -> None:
     records = fakes.FakeRecords(searched).read()
     fits: list[int] = []
 
@@ -290,24 +393,20 @@ def test_judging_is_rare_shared_and_final(searched: Path, tmp_path: Path) -> Non
         return Liar()
 
     full = sorted({r.arch_id for r in records if r.rung >= 1})
-    gates = [SteeringGate(tmp_path, liar) for _ in range(2)]
+    gates = [Gate(tmp_path, SPACE, liar) for _ in range(2)]
     for n in range(MIN_NETWORKS + 2):
         for gate in gates:
             gate.judge([r for r in records if r.arch_id in full[:n]], n_trials=n)
     assert len(fits) == 10  # Two workers, one judgement, ten folds.
-    (tmp_path / "steering.json").write_text(json.dumps({"ended_at_trial": 9, "n_networks": 12, "spearman": 0.0, "high": 0.1}))
-    for gate in (*gates, SteeringGate(tmp_path, fakes.FakeScorer)):
-        gate.judge(records, n_trials=99)
-        assert gate.ended
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_a_damaged_steering_file_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "steering.json").write_text(content)
-    with pytest.raises(StudyError, match=r"steering\.json is damaged"):
-        SteeringGate(tmp_path, lambda records: None)
-    with pytest.raises(StudyError, match=r"steering\.json is damaged"):
-        why_steering_ended(tmp_path)
+@pytest.mark.parametrize("content", ["{", "[]", '{"steering": {}}', '{"n_networks": 3, "steering": {"changes": []}}'])
+def test_a_damaged_gate_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "gate.json").write_text(content)
+    with pytest.raises(StudyError, match=r"gate\.json is damaged"):
+        Gate(tmp_path, SPACE, lambda records: None)
+    with pytest.raises(StudyError, match=r"gate\.json is damaged"):
+        what_failed(tmp_path, "steering")
 
 
 # --- what the page says -----------------------------------------------------------------------------------------------------------
@@ -316,15 +415,22 @@ def test_a_damaged_steering_file_is_named(tmp_path: Path, content: str) -> None:
 def test_the_page_shows_the_forecast_the_verdict_and_the_end_of_steering(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     result = studies.run(StudySettings(trials=8, workers=1, sampler="random"), folder, backend=fakes.backend())
-    forecast = result.summary["forecast"]
-    assert forecast["n_networks"] >= 6 and result.summary["steering_ended"] == ""
+    steering, forecast = result.summary["steering"], result.summary["forecast"]
+    assert steering["n_networks"] == forecast["n_networks"] >= 6 and result.summary["steering_ended"] == ""
     page = sections.body(read_study(folder))
-    assert "Forecasts rank networks" in page and f"{forecast['spearman']:.2f}" in page
+    assert "Predictions rank networks" in page and f"{steering['spearman']:.2f}" in page
+    assert f"which promote, {forecast['spearman']:.2f}" in page
+    before = {name: value for name, value in result.summary.items() if name != "steering"}  # A study from before.
+    (folder / "summary.json").write_text(json.dumps(before))
+    assert "Forecasts rank networks" in sections.body(read_study(folder))
     found = examine(folder, n_networks=12)
     page = sections.body(read_study(folder))
     assert "Accuracy predictor" in page and found.reason in page and "12 held-out networks" in page
-    (folder / "summary.json").write_text(json.dumps({**result.summary, "steering_ended": "the predictor <fails>"}))
-    assert "the predictor &lt;fails&gt;" in sections.body(read_study(folder))
+    (folder / "summary.json").write_text(
+        json.dumps({**result.summary, "steering_ended": "the predictor <fails>", "promotion_ended": "stopping too"})
+    )
+    page = sections.body(read_study(folder))
+    assert "the predictor &lt;fails&gt;" in page and "stopping too" in page
 
 
 def test_a_study_by_the_published_trend_never_calls_it_accuracy(tmp_path: Path) -> None:

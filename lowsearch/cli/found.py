@@ -58,13 +58,20 @@ def print_sharing(summary: Mapping[str, Any]) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    if summary["steering_ended"]:
-        tell(summary["steering_ended"])
-    elif (forecast := summary["forecast"])["low"] is not None:
-        tell(
-            f"forecasts from the lowest rung rank {forecast['n_networks']} fully trained networks with Spearman {forecast['spearman']:.2f} "
-            f"({forecast['low']:.2f} to {forecast['high']:.2f}); on networks held out for it: lowsearch trust"
-        )
+    judged = {
+        "steering": "predictions by the architecture alone, which steer,",
+        "forecast": "forecasts from the lowest rung, which promote,",
+    }
+    for name, words in judged.items():
+        if (found := summary[name])["low"] is not None:
+            tell(
+                f"{words} rank {found['n_networks']} fully trained networks, each left out, with Spearman {found['spearman']:.2f} "
+                f"({found['low']:.2f} to {found['high']:.2f})"
+            )
+    for why in filter(None, (summary["steering_ended"], summary["promotion_ended"])):
+        tell(why)
+    if summary["steering"]["low"] is not None:
+        tell("on networks held out for it: lowsearch trust")
     if (verified := summary["verified"])["networks"]:
         worst = f", the worst by {100 * verified['worst_excess']:.1f} %; those were not trained" if verified["over"] else ""
         tell(f"candidates near the latency limit, measured before training: {verified['networks']}; over it: {verified['over']}{worst}")

@@ -160,8 +160,8 @@ def _stale_notice(study: StudyFiles) -> str:
 
 
 def _steering_notice(study: StudyFiles) -> str:
-    why = study.summary.get("steering_ended")
-    return f'<p class="notice">In this study {escape(why)}.</p>' if why else ""
+    whys = filter(None, (study.summary.get(f"{signal}_ended") for signal in ("steering", "promotion")))
+    return "".join(f'<p class="notice">In this study {escape(why)}.</p>' for why in whys)
 
 
 def _spent(study: StudyFiles) -> str:
@@ -307,7 +307,19 @@ def trust_card(study: StudyFiles) -> Card | None:
         own = study.trust["signals"][0]
         how = f"on {own['n_networks']} held-out networks: {study.trust['reason']}"
         return Card("Accuracy predictor", str(study.trust["verdict"]), _rank(own), how)
-    found = study.summary.get("forecast") or {}
+    found, forecast = (study.summary.get(name) or {} for name in ("steering", "forecast"))
+    if found.get("low") is None:  # Studies from before steering was judged by itself have the forecast alone.
+        return _forecast_card(forecast)
+    how = (
+        f"Spearman of predictions by the architecture alone, which steer, over {found['n_networks']} fully trained networks, each left out"
+    )
+    if forecast.get("low") is not None:
+        how += f"; of forecasts from the lowest rung, which promote, {forecast['spearman']:.2f}"
+    how += "; not yet examined on networks that the search did not choose (lowsearch trust)"
+    return Card("Predictions rank networks", f"{found['spearman']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}", how)
+
+
+def _forecast_card(found: Mapping[str, Any]) -> Card | None:
     if found.get("low") is None:
         return None
     how = (

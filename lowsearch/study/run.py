@@ -39,7 +39,7 @@ from lowsearch.search.feasible import all_to_try, check_limits
 from lowsearch.search.verification import VerifiedCheck, checked
 from lowsearch.study import finalists
 from lowsearch.study.assembly import build_parts, prepare, resolve
-from lowsearch.study.gate import forecast_agreement, why_steering_ended
+from lowsearch.study.gate import SIGNALS, Signal, judged_signals, what_failed
 from lowsearch.study.outputs import StudyFiles, decode
 from lowsearch.study.parts import Parts, Progress, stand_in_of
 from lowsearch.study.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
@@ -282,7 +282,7 @@ class _Run:
         self._crew = Crew(folder, study, backend.worker, size=plan.settings.workers if local else 1, blames=local)
         self._refreshed = -math.inf
         self._hypervolume = 0.0
-        self._said = False
+        self._said: set[Signal] = set()
 
     # Search ------------------------------------------------------------------------------------------------------------
 
@@ -336,9 +336,10 @@ class _Run:
         found = candidates(self._study, self._parts.space)
         self._hypervolume = self._files.refresh(found)
         self._report(found)
-        if not self._said and (why := why_steering_ended(self._folder)):
-            log.warning("%s", why)
-            self._said = True
+        for signal in SIGNALS:
+            if signal not in self._said and (why := what_failed(self._folder, signal)):
+                log.warning("%s", why)
+                self._said.add(signal)
 
     def _report(self, found: Sequence[Candidate]) -> None:
         if self._progress is None:
@@ -421,6 +422,7 @@ class _Run:
 
     def _summary(self, found: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], measured: Measurements) -> dict[str, Any]:
         scored = [c.origin for c in found if c.state == "complete"]
+        signals = judged_signals(self._parts.records(), self._parts.space, self._parts.fit)
         return {
             "hypervolume": self._hypervolume,
             "candidates": dict(Counter(c.state for c in found)),
@@ -432,8 +434,9 @@ class _Run:
             "verified": dataclasses.asdict(self._verified()),
             "pace": None if math.isnan(measured.pace) else measured.pace,
             "ladder": self._ladder_check(),
-            "forecast": dataclasses.asdict(forecast_agreement(self._parts.records(), self._parts.fit)),
-            "steering_ended": why_steering_ended(self._folder),
+            "steering": dataclasses.asdict(signals["steering"]),
+            "forecast": dataclasses.asdict(signals["promotion"]),
+            **{f"{signal}_ended": what_failed(self._folder, signal) for signal in SIGNALS},
             "spent_s": dict(self._clock.spent_s),
         }
 

@@ -35,7 +35,7 @@ PLAIN = ("params", "MACs")
 """What a ranking costs nothing by."""
 BETWEEN_SEEDS = "one seed for another"
 TRUSTED_ABOVE = 0.2
-"""Lower end of the 95 % interval of Spearman from which on a ranking is more than luck; `gate.HOPELESS` for the upper end."""
+"""Lower end of the 95 % interval of Spearman from which on a ranking is more than luck."""
 MIN_NETWORKS = 5
 N_BANDS = 3
 MIN_IN_BAND = 8
@@ -45,7 +45,7 @@ _STREAM = 1_000_033
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signal:
+class Ranking:
     """How one signal ranks the held-out networks by their trained accuracy."""
 
     name: str
@@ -70,7 +70,7 @@ class Trust:
     """Spearman that a predictor which knew every network's mean over seeds would reach; None with one seed, which does not tell."""
     leads: Mapping[str, Lead | None]
     """By how much the predictor ranks better than each of PLAIN, None where too few networks tell."""
-    signals: tuple[Signal, ...]
+    signals: tuple[Ranking, ...]
     """The predictor's first, then the others over all networks, then those within bands."""
     networks: tuple[Mapping[str, Any], ...]
 
@@ -117,12 +117,12 @@ def trust(
     accuracy = np.array([np.mean([r.val_accuracy for r in by_arch[arch.arch_id]]) for arch in archs])
     known = made.estimator.estimate(genomes).mean
     scores = {PREDICTOR: mean, "params": known["params"], "MACs": known["macs"], **made.proxies(archs, progress)}
-    signals = [Signal(name=name, band="", agreement=agreement(values, accuracy)) for name, values in scores.items()]
+    signals = [Ranking(name=name, band="", agreement=agreement(values, accuracy)) for name, values in scores.items()]
     ceiling = None
     if n_seeds > 1:
         first, second = (np.array([by_arch[arch.arch_id][k].val_accuracy for arch in archs]) for k in (0, 1))
         between = agreement(first, second)
-        signals.append(Signal(name=BETWEEN_SEEDS, band="", agreement=between))
+        signals.append(Ranking(name=BETWEEN_SEEDS, band="", agreement=between))
         ceiling = ceiling_of(between.spearman, n_seeds)
     signals += _in_bands({name: scores[name] for name in (PREDICTOR, *PLAIN)}, accuracy, known["latency_ms"])
     leads = {name: lead(mean, scores[name], accuracy) for name in PLAIN}
@@ -151,7 +151,7 @@ def ceiling_of(between_seeds: float | None, n_seeds: int) -> float | None:
     return float(np.sqrt(n_seeds * between_seeds / (1 + (n_seeds - 1) * between_seeds)))
 
 
-def verdict_of(signals: Sequence[Signal], leads: Mapping[str, Lead | None]) -> tuple[Verdict, str]:
+def verdict_of(signals: Sequence[Ranking], leads: Mapping[str, Lead | None]) -> tuple[Verdict, str]:
     """The verdict, and why.
 
     `not trusted`: the 95 % interval of the predictor's Spearman reaches 0 or below, or there are too few networks for one. `trusted`:
@@ -226,12 +226,12 @@ def _train(parts: Parts, archs: Sequence[Arch], seeds: Sequence[int], progress: 
     return found
 
 
-def _in_bands(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Signal]:
+def _in_bands(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Ranking]:
     """The same within equal shares of latency, where there are networks enough: a front is decided among networks of like latency."""
     if len(accuracy) < N_BANDS * MIN_IN_BAND:
         return []
     found = []
     for band in np.array_split(np.argsort(latency_ms, kind="stable"), N_BANDS):
         name = f"{latency_ms[band].min():.3g} to {latency_ms[band].max():.3g} ms"
-        found += [Signal(name=s, band=name, agreement=agreement(values[band], accuracy[band])) for s, values in scores.items()]
+        found += [Ranking(name=s, band=name, agreement=agreement(values[band], accuracy[band])) for s, values in scores.items()]
     return found

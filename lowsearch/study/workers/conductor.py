@@ -23,7 +23,7 @@ from lowsearch.study.parts import Record
 from lowsearch.study.storage import candidates, set_exhausted
 from lowsearch.study.workers.engines import DiedError, Engine, HereEngine, Job
 from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
-from lowsearch.study.workers.worker import Score, SearchWorker, trains_whole
+from lowsearch.study.workers.worker import Score, SearchWorker
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Conductor(SearchWorker):
     def _propose(self) -> None:
         found = candidates(self._study, self._parts.space)
         self._hidden = frozenset(decode(self._parts.space, c.genome).arch_id for c in found if c.state in ("running", "waiting"))
-        self._judge_steering()
+        self._judge_signals()
         try:
             trial = self._study.ask()
         except NothingLeftError:
@@ -112,7 +112,7 @@ class Conductor(SearchWorker):
                 return
             self._pruned_in_a_row = 0
             flight = _Flight(
-                trial=trial, genome=genome, arch=self._parts.space.decode(genome), whole=trains_whole(trial),
+                trial=trial, genome=genome, arch=self._parts.space.decode(genome), whole=self._trains_whole(trial),
                 knows_below=int(knows_below), lease=lease.pop_all(),
             )  # fmt: skip
         self._flights.append(flight)

@@ -27,7 +27,7 @@ from lowsearch.search.promotion import standing
 from lowsearch.search.sampler import WHOLE_SCHEDULE, NothingLeftError, suggest_genome
 from lowsearch.search.samplers import SAMPLERS, Task
 from lowsearch.search.verification import broken_limit, is_near_limit, verify
-from lowsearch.study.gate import SteeringGate
+from lowsearch.study.gate import SIGNALS, Gate
 from lowsearch.study.parts import Parts, Record, Scorer, stand_in_of
 from lowsearch.study.settings import StudySettings, read_study_file, stored_settings
 from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
@@ -108,11 +108,11 @@ class SearchWorker:
         asked = self._objectives.metrics + tuple(limit.metric for limit in plan.settings.limits)
         self._training = parts.training() if "accuracy" in asked and self._stand_in is None and parts.training else None
         self._study = open_study(folder, self._objectives, url=url, patience_s=PATIENCE_S)
-        self._study.sampler = self._sampler(plan.settings.sampler)
-        steered = plan.settings.sampler == "lowsearch" and self._training is not None and self._objectives.metrics[0] == "accuracy"
-        self._gate = SteeringGate(folder, parts.fit) if steered else None
-        if self._gate is not None and self._gate.ended:  # Before an interruption.
-            self._study.sampler = self._sampler("random")
+        self._proposer = plan.settings.sampler
+        self._study.sampler = self._sampler(self._proposer)
+        signals = SIGNALS if plan.settings.sampler == "lowsearch" else ("promotion",)
+        trained = self._training is not None and self._objectives.metrics[0] == "accuracy"
+        self._gate = Gate(folder, parts.space, parts.fit, signals=signals) if trained else None
         self._pruned_in_a_row = 0
 
     def run(self) -> None:
@@ -122,7 +122,7 @@ class SearchWorker:
             try:
                 if self._enough():
                     return
-                self._judge_steering()
+                self._judge_signals()
                 self._study.optimize(self._objective, n_trials=1, callbacks=[self._tidy, self._count_pruned])
             except NothingLeftError:
                 if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -138,15 +138,24 @@ class SearchWorker:
         """The trainings that the next decision may know of."""
         return self._parts.records()
 
-    def _judge_steering(self) -> None:
-        if self._gate is not None and not self._is_random:
-            self._gate.judge(self._records(), n_trials=len(self._study.get_trials(deepcopy=False)))
-            if self._gate.ended:
-                self._study.sampler = self._sampler("random")
+    def _judge_signals(self) -> None:
+        """Before a trial is asked for."""
+        if self._gate is None:
+            return
+        number = len(self._study.get_trials(deepcopy=False))
+        self._gate.judge(self._records(), n_trials=number)
+        proposer = "random" if self._is_random(number) else self._plan.settings.sampler
+        if proposer != self._proposer:
+            self._study.sampler, self._proposer = self._sampler(proposer), proposer
 
-    @property
-    def _is_random(self) -> bool:
-        return self._plan.settings.sampler == "random" or (self._gate is not None and self._gate.ended)
+    def _is_random(self, number: int) -> bool:
+        """Whether trial `number` is proposed at random."""
+        return self._plan.settings.sampler == "random" or not (self._gate is None or self._gate.follows("steering", trial=number))
+
+    def _trains_whole(self, trial: Trial) -> bool:
+        """Whether the network of `trial` is trained to the end, whatever it promises."""
+        chosen = trial.user_attrs["origin"] == "family" or bool(trial.user_attrs.get(WHOLE_SCHEDULE))
+        return chosen or not (self._gate is None or self._gate.follows("promotion", trial=trial.number))
 
     def _enough(self) -> bool:
         """Whether nothing is waiting and the sampler has proposed all it may, or all there is."""
@@ -187,13 +196,13 @@ class SearchWorker:
         self._lock.release(force=True)
         if reason:
             raise optuna.TrialPruned(reason)
-        score = self._score(self._parts.space.decode(genome), genome, whole=trains_whole(trial))
+        score = self._score(self._parts.space.decode(genome), genome, whole=self._trains_whole(trial))
         return self._values(trial, genome, score)
 
     def _proposal(self, trial: Trial) -> tuple[np.ndarray, str]:
         """The genome of `trial`, and why it must not be trained, or nothing. Call it under the proposal lock."""
         if "origin" not in trial.user_attrs:
-            trial.set_user_attr("origin", "random" if self._is_random else "proposed")
+            trial.set_user_attr("origin", "random" if self._is_random(trial.number) else "proposed")
         genome = suggest_genome(trial, self._parts.space)
         reason = self._refusal(trial, genome)
         if reason:
@@ -310,8 +319,6 @@ class SearchWorker:
         """What speaks against training the network of `record` further, or nothing."""
         if self._objectives.metrics[0] != "accuracy":
             return "it has but to keep a limit, and the first rung tells"
-        if self._gate is not None and self._gate.ended:
-            return ""  # What is left to believe is a full training.
         latest: dict[str, Record] = {}
         for other in records:
             if other.arch_id not in latest or other.rung > latest[other.arch_id].rung:
@@ -343,11 +350,6 @@ class Score:
     """As measured at that rung."""
     stopped: str = ""
     """Why it was not trained further; empty where it was trained to the end, or not at all."""
-
-
-def trains_whole(trial: Trial) -> bool:
-    """Whether the network of `trial` is trained to the end, whatever it promises."""
-    return trial.user_attrs["origin"] == "family" or bool(trial.user_attrs.get(WHOLE_SCHEDULE))
 
 
 def _counts_as_tried(candidate: Candidate) -> bool:
