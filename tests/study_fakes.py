@@ -156,6 +156,30 @@ class FakeTraining:
         pass
 
 
+class HeldOutTraining(FakeTraining):
+    """Ends with KeyboardInterrupt where the set has as many networks as the file `die-at` says."""
+
+    rungs = (1.0,)
+
+    def __init__(self, folder: Path, seed: int, kept_in: str):
+        super().__init__(folder, seed)
+        self.kept_in, self.records = kept_in, FakeRecords(folder / f"held-out-{kept_in}-{seed}")
+        self.records.path.parent.mkdir(exist_ok=True)
+
+    def run(self, arch, rung, *, progress=None):
+        die_at = self.folder / "die-at"
+        if die_at.exists() and len(held_out_records(self.folder, self.kept_in)) == int(die_at.read_text()):
+            raise KeyboardInterrupt
+        if self.record(arch, rung) is None:
+            with (self.folder / "trained-by.log").open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return super().run(arch, rung)
+
+
+def held_out_records(folder, kept_in):
+    return [parsed(line) for path in sorted(folder.glob(f"held-out-{kept_in}-*/records.jsonl")) for line in path.read_text().splitlines()]
+
+
 class FakeScorer:
     """Ridge regression of what is known: a full accuracy as it is, a partial one scaled up."""
 
@@ -276,6 +300,9 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         verify=verifier(folder) if settings.device == "doubtful" else None,
         verifications=Verifications(folder / VERIFIED),
         anchors=ANCHORS if settings.device == "doubtful" else (),
+        held_out=lambda seed, kept_in: HeldOutTraining(folder, seed, kept_in),
+        held_out_records=lambda kept_in: held_out_records(folder, kept_in),
+        proxies=lambda archs, progress: {"NASWOT": np.arange(len(archs), dtype=float)},
         facts={
             "device_name": "a fake device",
             "images": {"train": 8000, "val": 1000, "test": 2000},

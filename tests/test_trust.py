@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import study_fakes as fakes
+import yaml
+from filelock import FileLock
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, spearman
-from lowsearch.errors import StudyError
+from lowsearch.errors import DataError, StudyError
 from lowsearch.report import sections
 from lowsearch.report.study_files import read_study
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import LowSearchSampler, Proposal
+from lowsearch.study import held_out
 from lowsearch.study import run as studies
 from lowsearch.study.gate import (
     MIN_NETWORKS,
@@ -38,6 +43,7 @@ from lowsearch.study.parts import Parts
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
 from lowsearch.study.trust import BETWEEN_SEEDS, PREDICTOR, Ranking, Trust, ceiling_of, trust, verdict_of
+from lowsearch.study.workers.engines import HereEngine
 from lowsearch.study.workers.worker import SearchWorker
 
 SPACE = fakes.SPACE
@@ -58,29 +64,8 @@ class Liar:
 
 
 def make_parts(folder: Path, settings: StudySettings, *, fit: Any = None) -> Parts:
-    """The fakes' parts, with a held-out set in trust.jsonl, and a `trained` file that counts its trainings."""
-
-    class HeldOut(fakes.FakeTraining):
-        rungs = (1.0,)
-
-        def __init__(self, seed: int) -> None:
-            super().__init__(folder, seed)
-            self.records = fakes.FakeRecords(folder / f"held-out-{seed}")
-            self.records.path.parent.mkdir(exist_ok=True)
-
-        def run(self, arch: Any, rung: float, *, progress: Any = None) -> Any:
-            if (folder / "die-at").exists() and len(held_out()) == int((folder / "die-at").read_text()):
-                raise KeyboardInterrupt
-            return super().run(arch, rung)
-
-    def held_out() -> list[Any]:
-        return [r for path in sorted(folder.glob("held-out-*/records.jsonl")) for r in map(fakes.parsed, path.read_text().splitlines())]
-
-    return dataclasses.replace(
-        fakes.make_parts(folder, settings), held_out=HeldOut, held_out_records=held_out,
-        proxies=lambda archs, progress: {"NASWOT": np.arange(len(archs), dtype=float)},
-        **({"fit": fit} if fit is not None else {}),
-    )  # fmt: skip
+    parts = fakes.make_parts(folder, settings)
+    return parts if fit is None else dataclasses.replace(parts, fit=fit)
 
 
 def search(folder: Path, settings: StudySettings, *, fit: Any = None) -> list[Any]:
@@ -112,7 +97,7 @@ def study(searched: Path, tmp_path: Path) -> Path:
 
 
 def examine(folder: Path, **options: Any) -> Trust:
-    return trust(folder, parts=make_parts, **options)
+    return trust(folder, parts=make_parts, worker=(sys.executable, fakes.__file__, "worker"), **options)
 
 
 def by_name(found: Trust) -> dict[str, Agreement]:
@@ -157,10 +142,49 @@ def test_a_killed_examination_goes_on_where_it_stopped(study: Path, tmp_path: Pa
     assert examine(study, n_networks=9) == resumed
 
 
+def test_workers_train_the_set_side_by_side_and_to_the_same_end(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = examine(study, n_networks=6)
+    for path in (study / "trust.json", *study.glob("held-out-*/records.jsonl"), study / "trained-by.log"):
+        path.unlink()
+    settings = yaml.safe_load((study / "study.yaml").read_text())
+    settings["settings"]["workers"] = 3
+    (study / "study.yaml").write_text(yaml.safe_dump(settings))
+    (study / "crash-once").write_text(alone.networks[2]["arch_id"])  # Kills the process that trains it.
+    monkeypatch.setenv("FAKE_STEP_S", "0.4")
+    heard: list[tuple[int, int, str]] = []
+    together = examine(study, n_networks=6, progress=lambda *what: heard.append(what))
+    assert together == alone and not list(study.glob(".held-out-*.lock"))
+    processes = (study / "trained-by.log").read_text().split()
+    assert len(processes) == 7 and len(set(processes)) > 1 and str(os.getpid()) not in processes  # One of them twice.
+    assert any("of 6 done" in label for _, _, label in heard)
+
+
+def test_two_examinations_at_once_are_refused(study: Path) -> None:
+    with FileLock(study / ".trust.lock"), pytest.raises(StudyError, match="being examined by another process"):
+        examine(study, n_networks=6)
+
+
+def test_a_workers_mistake_is_the_users_to_read(study: Path) -> None:
+    settings = yaml.safe_load((study / "study.yaml").read_text())
+    settings["settings"]["workers"] = 2
+    (study / "study.yaml").write_text(yaml.safe_dump(settings))
+    (study / "mistake").touch()
+    with pytest.raises(DataError, match="the images are gone"):
+        examine(study, n_networks=6)
+
+
+def test_with_an_engine_its_tasks_train_the_set(study: Path) -> None:
+    found = examine(study, n_networks=6)
+    for path in study.glob("held-out-*/records.jsonl"):
+        path.unlink()
+    held_out.train_ordered(study, make_parts(study, StudySettings()), engine=HereEngine(), at_once=4)
+    assert examine(study, n_networks=6) == found
+
+
 def test_the_predictor_never_learns_from_the_held_out_set(study: Path) -> None:
     first = examine(study, n_networks=8)
     records = fakes.FakeRecords(study)
-    for r in make_parts(study, StudySettings()).held_out_records():  # As if the search had gone on and found the same networks.
+    for r in make_parts(study, StudySettings()).held_out_records("range"):  # As if the search had gone on and found the same networks.
         records.append(r)
     again = examine(study, n_networks=8)
     assert again.n_records == first.n_records
@@ -171,7 +195,7 @@ def test_limits_of_the_study_hold_for_the_held_out_set(tmp_path: Path) -> None:
     limits = parse_limits(maxima=["params=400000"])
     search(tmp_path / "study", StudySettings(trials=4, workers=1, limits=limits, sampler="random"))
     found = examine(tmp_path / "study", n_networks=6)
-    genomes = [SPACE.encode(r.arch) for r in make_parts(tmp_path / "study", StudySettings()).held_out_records()]
+    genomes = [SPACE.encode(r.arch) for r in make_parts(tmp_path / "study", StudySettings()).held_out_records("range")]
     assert len(found.networks) == 6 and (fakes.SCORE(np.stack(genomes))[:, 1] <= 400_000).all()
 
 

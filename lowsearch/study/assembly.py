@@ -48,7 +48,7 @@ from lowsearch.study.knowledge import (
     target_of,
     targets_of,
 )
-from lowsearch.study.parts import FinalScore, Parts, Progress
+from lowsearch.study.parts import FinalScore, HeldOutSet, Parts, Progress
 from lowsearch.study.settings import DEFAULT_DATA, StudySettings, stored_settings
 from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, train
 from lowsearch.train.order import replace_bytes, scratch
@@ -56,7 +56,7 @@ from lowsearch.train.recipe import DEFAULT_RECIPE
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_FILE = "trust.jsonl"
+HELD_OUT_FILES: dict[HeldOutSet, str] = {"range": "trust.jsonl", "band": "trust-band.jsonl"}
 
 
 def resolve(settings: StudySettings) -> StudySettings:
@@ -234,15 +234,15 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         assert data is not None and schedule is not None
         return Ladder(data, schedule, folder=folder, seed=settings.seed, device=trains_on)
 
-    def held_out(seed: int) -> Ladder:
+    def held_out(seed: int, kept_in: HeldOutSet) -> Ladder:
         import torch
 
         assert data is not None and schedule is not None
         torch.set_num_threads(1)  # As in the workers: on one thread the same training gives the same weights.
-        return Ladder(data, schedule, folder=folder, rungs=(1.0,), seed=seed, records=HELD_OUT_FILE, device=trains_on)
+        return Ladder(data, schedule, folder=folder, rungs=(1.0,), seed=seed, records=HELD_OUT_FILES[kept_in], device=trains_on)
 
-    def held_out_records() -> Sequence[AccuracyRecord]:
-        return tuple(AccuracyRecords(folder / HELD_OUT_FILE))
+    def held_out_records(kept_in: HeldOutSet) -> Sequence[AccuracyRecord]:
+        return tuple(AccuracyRecords(folder / HELD_OUT_FILES[kept_in]))
 
     def proxies(archs: Sequence[Arch], progress: Progress | None) -> Mapping[str, np.ndarray]:
         from lowsearch.accuracy.proxies import N_IMAGES, proxy_scores

@@ -36,10 +36,10 @@ MIN_NETWORKS = 12
 USEFUL = 0.4
 """A signal fails where its rank correlation is with CONFIDENCE below this, and is followed again where the estimate reaches it."""
 CONFIDENCE = 0.9
-"""One-sided, so the upper end of an 80 % interval is held against USEFUL. Looking at 12, 15, 19, ... networks (benchmarks/gate_rule.py), a
-signal of true Spearman 0 is off in 47 % of the searches at 12 networks, in 80 % at 24 and in 96 % at 48; one of .4 in 16 % at 24 and 21 % at
-48, of .6 in 2 % and 1 %, of .8 in none of 20,000. The upper end of a 95 % interval below 0.2 would have stopped the useless one in 20 % by
-24 and 43 % by 60. That a signal may come back costs no power, and a predictor starts poor: of twelve networks it has little to learn from."""
+"""One-sided, so the upper end of an 80 % interval is held against USEFUL. benchmarks/gate_rule.py, looking at 12, 15, 19, ... networks: a
+signal of true Spearman 0 is off in 47 % of the searches at 12 networks, in 80 % at 24 and in 96 % at 48; one of .4 in 16 % at 24 and in
+21 % at 48, of .6 in 2 % and 1 %, of .8 in none of 20,000. The upper end of a 95 % interval below 0.2 would have stopped the useless one in
+20 % by 24 and 43 % by 60. Coming back costs no power, and a predictor starts poor: from twelve networks it learns little."""
 GROWTH = 1.25
 """Judged anew with so many times as many fully trained networks: it takes seconds."""
 FOLDS = 10

@@ -26,6 +26,10 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, label)."""
 
 
+HeldOutSet = Literal["range", "band"]
+"""Networks from the whole range of latency, or from a narrow band of it."""
+
+
 class Record(Protocol):
     """One training, or part of one; `accuracy.records.AccuracyRecord` is one."""
 
@@ -137,10 +141,10 @@ class Parts:
     """What `verify` has said in this study."""
     anchors: Sequence[tuple[Arch, float]] = ()
     """Some networks of the latency table and their latency_ms there: measured again, they tell the pace of the machine."""
-    held_out: Callable[[int], Training] | None = None
+    held_out: Callable[[int, HeldOutSet], Training] | None = None
     """Opens a ladder of one rung, the whole schedule, with a seed: trainings that no predictor may learn from."""
-    held_out_records: Callable[[], Sequence[Record]] = tuple
-    """What `held_out` has trained so far, in the order it was trained."""
+    held_out_records: Callable[[HeldOutSet], Sequence[Record]] = lambda kept_in: ()
+    """What `held_out` has trained so far for a set, in the order it was trained."""
     proxies: Callable[[Sequence[Arch], Progress | None], Mapping[str, np.ndarray]] | None = None
     """Training-free scores of networks on a batch of the study's images, (n,) by name."""
     facts: Mapping[str, Any] = field(default_factory=dict)

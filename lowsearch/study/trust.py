@@ -1,30 +1,28 @@
 """How far a study's accuracy predictor can be trusted: its forecasts against trainings of networks that it never saw.
 
-The search trains what looks good, and a predictor judged on those is judged on its own choice. So random members of the space, spread
-evenly over predicted latency, are trained on the whole schedule and kept apart in trust.jsonl: the held-out set. Made once, it is read
-ever after; asked for more networks or seeds, it grows. The predictor learns from the study's records alone. Params, MACs and the
-training-free proxies rank the same networks beside it, because a predictor that they beat has nothing to say.
+The networks are those of `study.held_out`, and the predictor learns from the study's records alone. Params, MACs and the training-free
+proxies rank the same networks beside it, because a predictor that they beat has nothing to say.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, lead
-from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
-from lowsearch.search.estimates import Estimator, excess
-from lowsearch.space import SearchSpace
+from lowsearch.study import held_out
 from lowsearch.study.assembly import build_parts
-from lowsearch.study.parts import Parts, Progress, Record
+from lowsearch.study.parts import Parts, Progress
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.workers.worker import Plan
 
@@ -36,12 +34,10 @@ PLAIN = ("params", "MACs")
 BETWEEN_SEEDS = "one seed for another"
 TRUSTED_ABOVE = 0.2
 """Lower end of the 95 % interval of Spearman from which on a ranking is more than luck."""
-MIN_NETWORKS = 5
 N_BANDS = 3
 MIN_IN_BAND = 8
-_POOL = 4000
-_STREAM = 1_000_033
-"""Keeps this module's random numbers apart from the study's own."""
+WORKER = (sys.executable, "-m", "lowsearch.study.workers.process")
+"""Command that starts a worker; folder, name and job are appended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +87,27 @@ def trust(
     n_seeds: int = 1,
     progress: Progress | None = None,
     parts: Callable[[Path, StudySettings], Parts] = build_parts,
+    worker: Sequence[str] = WORKER,
 ) -> Trust:
     """Examine the predictor of the study in `folder`, training what the held-out set lacks (resumably), and write trust.json there.
 
     Raises StudyError where the study trains nothing, or has trained too little to predict.
     """
+    try:
+        with FileLock(folder / ".trust.lock", timeout=0.5):
+            return _examined(folder, n_networks, n_seeds, progress, parts, worker)
+    except Timeout as error:
+        raise StudyError(f"the predictor of study {folder.name!r} is being examined by another process", hint="wait for it") from error
+
+
+def _examined(
+    folder: Path,
+    n_networks: int,
+    n_seeds: int,
+    progress: Progress | None,
+    parts: Callable[[Path, StudySettings], Parts],
+    worker: Sequence[str],
+) -> Trust:
     plan = Plan.read(folder)
     made = parts(folder, plan.settings)
     if made.held_out is None or made.proxies is None or plan.settings.stand_in:
@@ -103,11 +115,10 @@ def trust(
             f"study {folder.name!r} trains nothing, so there is no accuracy to compare a predictor with",
             hint="a study with --data FOLDER and no --accuracy trains",
         )
-    archs = held_out_networks(made, plan, n_networks)
-    seeds = [int(np.random.default_rng([plan.settings.seed, _STREAM, k]).integers(2**31)) for k in range(n_seeds)]
-    by_arch = _train(made, archs, seeds, progress)
-    held_out = {arch.arch_id for arch in archs}
-    records = [r for r in made.records() if r.arch_id not in held_out]
+    archs = held_out.networks(made, plan, n_networks)
+    orders = held_out.Orders(kept_in="range", archs=tuple(archs), seeds=tuple(held_out.seeds(plan, n_seeds)))
+    by_arch = held_out.train(folder, made, plan, orders, command=worker, progress=progress)
+    records = [r for r in made.records() if r.arch_id not in by_arch]
     scorer = made.fit(records)
     if scorer is None:
         raise StudyError(f"study {folder.name!r} has no trainings yet", hint=f"lowsearch run --study {folder.name}")
@@ -175,55 +186,6 @@ def verdict_of(signals: Sequence[Ranking], leads: Mapping[str, Lead | None]) -> 
     if own.low <= TRUSTED_ABOVE:
         return "weak", f"its ranking may be as poor as Spearman {own.low:.2f}"
     return "trusted", f"its ranking is at least Spearman {own.low:.2f}, and better than that of {rival} {by}"
-
-
-def held_out_networks(parts: Parts, plan: Plan, n: int) -> list[Arch]:
-    """The networks of the held-out set, in order of predicted latency: those trained already, and new ones where a stratum has none.
-
-    Strata are `n` equal shares of the random members of the space that the search could propose: within its limits, and no slower than
-    its reference point. What the study has trained is never chosen.
-    """
-    space, estimator = parts.space, parts.estimator
-    frozen = {r.arch_id: r.arch for r in parts.held_out_records()}
-    taken = {space.encode(r.arch).tobytes() for r in parts.records() if space.contains(r.arch)}
-    pool = np.unique(space.sample(_POOL, rng=np.random.default_rng([plan.settings.seed, _STREAM])), axis=0)
-    pool = pool[[genome.tobytes() not in taken for genome in pool]]
-    estimates = estimator.estimate(pool)
-    latency_ms = estimates.mean["latency_ms"]
-    allowed = excess(estimates, plan.settings.limits) == 0  # Without an accuracy model, accuracy limits do not count.
-    inside = allowed & (latency_ms < plan.reference["latency_ms"])
-    pool, latency_ms = pool[inside], latency_ms[inside]
-    if len(pool) < max(n, MIN_NETWORKS):
-        raise StudyError(f"only {len(pool)} of {_POOL} random networks keep the study's limits", hint="ask for fewer: --networks N")
-    pool, latency_ms = (values[np.argsort(latency_ms, kind="stable")] for values in (pool, latency_ms))
-    edges = np.linspace(0, len(pool), n + 1).astype(int)
-    served = set(np.searchsorted(latency_ms[edges[1:-1]], _latencies(estimator, space, frozen.values()), side="right").tolist())
-    empty = [i for i in range(n) if i not in served][: max(0, n - len(frozen))]  # A stratum more may be empty: records move the edges.
-    picks = [np.random.default_rng([plan.settings.seed, _STREAM, n, i]).integers(edges[i], edges[i + 1]) for i in empty]
-    archs = [*frozen.values(), *(space.decode(pool[pick]) for pick in picks)]
-    return [archs[i] for i in np.argsort(_latencies(estimator, space, archs), kind="stable")]
-
-
-def _latencies(estimator: Estimator, space: SearchSpace, archs: Any) -> np.ndarray:
-    genomes = [space.encode(arch) for arch in archs]
-    return estimator.estimate(np.stack(genomes)).mean["latency_ms"] if genomes else np.empty(0)
-
-
-def _train(parts: Parts, archs: Sequence[Arch], seeds: Sequence[int], progress: Progress | None) -> dict[str, list[Record]]:
-    """arch_id -> its trainings on the whole schedule, one a seed; what is on record is not trained again."""
-    assert parts.held_out is not None
-    found: dict[str, list[Record]] = {arch.arch_id: [] for arch in archs}
-    jobs = [(seed, arch) for seed in seeds for arch in archs]
-    for number, (seed, arch) in enumerate(jobs):
-
-        def tell(done: float, number: int = number) -> None:
-            if progress is not None:
-                progress(round(100 * (number + done)), 100 * len(jobs), f"train held-out network {number + 1} of {len(jobs)}")
-
-        ladder = parts.held_out(seed)
-        found[arch.arch_id].append(ladder.run(arch, 1.0, progress=tell))
-        ladder.discard(arch)
-    return found
 
 
 def _in_bands(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Ranking]:

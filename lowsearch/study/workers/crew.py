@@ -83,7 +83,7 @@ class Crew:
     def __init__(
         self,
         folder: Path,
-        study: optuna.Study,
+        study: optuna.Study | None,
         command: Sequence[str],
         *,
         size: int,
@@ -91,7 +91,9 @@ class Crew:
         url: str | None = None,
         blames: bool = True,
     ) -> None:
-        """`name` is empty for `lowsearch run`, and unique for everybody else. `url`: where this machine reaches the database's server.
+        """`study` is None where the crew's job holds no trials.
+
+        `name` is empty for `lowsearch run`, and unique for everybody else. `url`: where this machine reaches the database's server.
         `blames`: whether the death of a worker counts against the network it held, which then is the only one.
         """
         self._folder, self._study, self._command, self._size, self._url = folder, study, tuple(command), size, url
@@ -105,7 +107,7 @@ class Crew:
         """How many are at work."""
         return len(self._workers)
 
-    def start_missing(self, job: Literal["search", "finals"], *, elapsed_s: float = 0.0) -> None:
+    def start_missing(self, job: Literal["search", "finals", "trust"], *, elapsed_s: float = 0.0) -> None:
         """Fill the crew up. `elapsed_s`: seconds of search so far, over all runs."""
         slots = [f"worker-{i}" + (f"@{self.name}" if self.name else "") for i in range(self._size)]
         taken = {worker.name.partition(".")[0] for worker in self._workers}
@@ -124,8 +126,7 @@ class Crew:
         ended = [worker for worker in self._workers if worker.exit_code is not None]
         self._workers = [worker for worker in self._workers if worker not in ended]
         crashed = []
-        for worker in ended:
-            said = worker.close()
+        for worker, said in [(worker, worker.close()) for worker in ended]:
             if worker.exit_code == USER_ERROR_EXIT:
                 raise _user_error(said, worker)
             if worker.exit_code != 0:
@@ -137,6 +138,7 @@ class Crew:
 
     def hand_back_silent(self) -> None:
         """Hand back the trials whose lease is over, whoever held them. Call it often; it looks every two seconds."""
+        assert self._study is not None, "it holds no trials"
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return
@@ -151,6 +153,7 @@ class Crew:
 
     def others_at_work(self) -> bool:
         """Whether anybody holds a trial who is not of this crew."""
+        assert self._study is not None, "it holds no trials"
         return any(crew_of(trial.user_attrs.get(WORKER) or "") != self.name for trial in running(self._study))
 
     def ask_to_stop(self) -> None:
@@ -166,6 +169,8 @@ class Crew:
         self._reclaim()
 
     def _reclaim(self, *, crashed: Sequence[str] = (), silent: Sequence[int] = ()) -> list[int]:
+        if self._study is None:
+            return []
         living = [worker.name for worker in self._workers]
         with FileLock(self._folder / PROPOSAL_LOCK):
             return reclaim(self._study, crew=self.name, living=living, crashed=crashed, silent=silent)

@@ -2,6 +2,7 @@
 
     python -m lowsearch.study.workers.process FOLDER NAME search ELAPSED_S [STORAGE_URL]
     python -m lowsearch.study.workers.process FOLDER NAME finals
+    python -m lowsearch.study.workers.process FOLDER NAME trust
 
 Any byte on stdin ends the search at the next rung; the end of the stream (the parent is gone) ends the process at once. Everything it
 trained is on disk by then.
@@ -26,12 +27,16 @@ from filelock import FileLock
 from lowsearch.errors import LowsearchError
 from lowsearch.study.assembly import build_parts
 from lowsearch.study.finalists import train_planned
+from lowsearch.study.held_out import train_ordered
 from lowsearch.study.parts import Parts
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.storage import crew_of
 from lowsearch.study.workers.conductor import Conductor
 from lowsearch.study.workers.engines import RayEngine
 from lowsearch.study.workers.worker import USER_ERROR_EXIT, WORKER_LOCK, Abandoned, Plan, SearchWorker
+
+_TRAININGS: dict[str, Callable[..., None]] = {"finals": train_planned, "trust": train_ordered}
+"""Jobs that are a list of trainings, by name."""
 
 
 def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Parts] = build_parts) -> int:
@@ -46,8 +51,8 @@ def main(arguments: Sequence[str], *, parts: Callable[[Path, StudySettings], Par
         held = FileLock(folder / WORKER_LOCK.format(slot=slot), timeout=60)  # A lock without a name is given back at once.
         held.acquire()
         plan = Plan.read(folder)
-        if job == "finals":
-            train_planned(folder, parts(folder, plan.settings), engine=_engine(plan), at_once=plan.settings.workers)
+        if job in _TRAININGS:
+            _TRAININGS[job](folder, parts(folder, plan.settings), engine=_engine(plan), at_once=plan.settings.workers)
             return 0
         start, before_s = time.monotonic(), float(arguments[3])
         worker = _kind(plan, name)(
