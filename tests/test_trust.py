@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, spearman
-from lowsearch.errors import DataError, StudyError
+from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report import sections
 from lowsearch.report.study_files import read_study
 from lowsearch.search.objectives import parse_limits
@@ -39,6 +39,7 @@ from lowsearch.study.gate import (
     judged_signals,
     what_failed,
 )
+from lowsearch.study.held_out import Band
 from lowsearch.study.parts import Parts
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
@@ -211,6 +212,42 @@ def test_a_second_seed_gives_the_ceiling_and_bands_need_networks(study: Path) ->
     assert not [s for s in examine(study, n_networks=5).signals if "fewer" in s.band]
 
 
+def test_a_band_has_networks_of_its_own_in_it_frozen_and_resumed(study: Path) -> None:
+    (study / "front.csv").write_text("arch_id,latency_ms\na,0.1\nb,0.2\nc,0.9\n")
+    band = Band.of_front(study)
+    assert (band.centre_ms, band.low_ms, band.high_ms) == pytest.approx((0.2, 0.17, 0.23))
+    whole = examine(study, n_networks=6)
+    (study / "die-at").write_text("5")
+    with pytest.raises(KeyboardInterrupt):
+        examine(study, n_networks=16, band=band)
+    (study / "die-at").unlink()
+    found = examine(study, n_networks=16, band=band)
+    latency_ms = np.array([n["latency_ms"] for n in found.networks])
+    assert len(found.networks) == 16 and band.holds(latency_ms).all() and np.ptp(latency_ms) > 0.8 * (band.high_ms - band.low_ms)
+    assert not {n["arch_id"] for n in found.networks} & {r.arch_id for r in fakes.FakeRecords(study).read()}
+    assert (
+        not [s for s in found.signals if s.band] and json.loads((study / "trust-band.json").read_text())["within"]["low_ms"] == band.low_ms
+    )
+    assert examine(study, n_networks=12, band=band) == found  # Read, not trained again.
+    other = examine(study, n_networks=6, band=Band.around(0.4))
+    assert len(other.networks) == 6 and not {n["arch_id"] for n in other.networks} & {n["arch_id"] for n in found.networks}
+    assert examine(study, n_networks=6) == whole
+    page = sections.trust_card(read_study(study))
+    assert page is not None and "6 held-out networks of 0.34 to 0.46 ms" in page.explanation
+
+
+def test_a_band_that_cannot_be_is_refused(study: Path) -> None:
+    with pytest.raises(StudyError, match="has no front"):
+        Band.of_front(study)
+    (study / "front.csv").write_text("arch_id\na\n")
+    with pytest.raises(StudyError, match=r"front\.csv is damaged"):
+        Band.of_front(study)
+    with pytest.raises(StudyError, match="keep the study's limits and take 1.02e-05"):
+        examine(study, band=Band.around(1.2e-5))
+    with pytest.raises(UsageError, match="expected a positive latency"):
+        Band.around(-1.0)
+
+
 def test_a_study_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     search(tmp_path / "study", StudySettings(trials=2, workers=1, accuracy="macs", sampler="random"))
     with pytest.raises(StudyError, match="trains nothing"):
@@ -234,19 +271,39 @@ def signals(own: tuple[float, float], macs: float = 0.3) -> list[Ranking]:
     ]
 
 
+def leads(params: float = 0.1, macs: float = 0.1) -> dict[str, Lead | None]:
+    return {name: Lead(difference=low + 0.4, low=low, high=low + 0.8) for name, low in (("params", params), ("MACs", macs))}
+
+
 @pytest.mark.parametrize(
-    ("own", "macs", "expected"),
-    [((0.8, 0.4), 0.3, "trusted"), ((0.8, 0.4), 0.85, "weak"), ((0.6, 0.15), 0.3, "weak"), ((0.5, -0.1), 0.3, "not trusted")],
+    ("own", "macs", "over", "expected"),
+    [
+        ((0.8, 0.4), 0.3, leads(), "trusted"),
+        ((0.8, 0.4), 0.3, leads(macs=-0.01), "weak"),
+        ((0.8, 0.4), 0.3, leads(params=0.0), "weak"),
+        ((0.8, 0.4), 0.3, {}, "weak"),
+        ((0.8, 0.4), 0.85, leads(), "weak"),
+        ((0.6, 0.15), 0.3, leads(), "weak"),
+        ((0.5, -0.1), 0.3, leads(), "not trusted"),
+    ],
 )
-def test_verdict_follows_the_rule(own: tuple[float, float], macs: float, expected: str) -> None:
-    assert verdict_of(signals(own, macs), {})[0] == expected
+def test_verdict_follows_the_rule(own: tuple[float, float], macs: float, over: dict[str, Lead | None], expected: str) -> None:
+    assert verdict_of(signals(own, macs), over)[0] == expected
 
 
 def test_the_reason_says_how_far_the_lead_over_macs_is_from_chance() -> None:
-    ahead = Lead(difference=0.5, low=-0.1, high=0.9)
-    assert "better than that of MACs by 0.50 (-0.10 to 0.90)" in verdict_of(signals((0.8, 0.4)), {"MACs": ahead})[1]
-    behind = Lead(difference=-0.05, low=-0.4, high=0.3)
-    assert "MACs alone rank these networks better, by 0.05 (-0.30 to 0.40)" in verdict_of(signals((0.8, 0.4), 0.85), {"MACs": behind})[1]
+    ahead = {**leads(), "MACs": Lead(difference=0.5, low=0.1, high=0.9)}
+    assert "better than that of MACs, by 0.50 (0.10 to 0.90)" in verdict_of(signals((0.8, 0.4)), ahead)[1]
+    perhaps = {**leads(), "MACs": Lead(difference=0.5, low=-0.1, high=0.9)}
+    assert "not better than MACs beyond doubt, by 0.50 (-0.10 to 0.90)" in verdict_of(signals((0.8, 0.4)), perhaps)[1]
+    behind = {"MACs": Lead(difference=-0.05, low=-0.4, high=0.3)}
+    assert "MACs alone rank these networks better, by 0.05 (-0.30 to 0.40)" in verdict_of(signals((0.8, 0.4), 0.85), behind)[1]
+
+
+@pytest.mark.parametrize("own", [(0.8, 0.4), (0.5, -0.1)])
+def test_the_reason_ends_with_bands_and_ceiling(own: tuple[float, float]) -> None:
+    bands = [Ranking(name=PREDICTOR, band=b, agreement=Agreement(n_networks=8, spearman=rho)) for b, rho in (("a", 0.61), ("b", 0.4))]
+    assert verdict_of([*signals(own), *bands], leads(), ceiling=0.93)[1].endswith("; within bands of latency 0.61, 0.40; ceiling 0.93")
 
 
 def test_the_ceiling_is_what_knowing_the_truth_would_reach() -> None:

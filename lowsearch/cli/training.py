@@ -312,17 +312,28 @@ def trust(
     study: Annotated[str, typer.Argument(help="Name or folder of a study.")],
     networks: Annotated[int, typer.Option("--networks", min=5, help="Networks held out, at least.")] = 12,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each; two give the ceiling.")] = 1,
+    band: Annotated[bool, typer.Option("--band", help="Networks of like latency: within 15 % of the front's median.")] = False,
+    band_at: Annotated[float | None, typer.Option("--band-at", metavar="MS", help="As --band, around another latency.")] = None,
     as_json: JsonFlag = False,
 ) -> int:
     """Examine a study's accuracy predictor on networks it never saw, trained for that. Resumes; exit code 1 where it is not trusted."""
+    from lowsearch.study.held_out import Band
+    from lowsearch.study.trust import BETWEEN_SEEDS, TRUST
     from lowsearch.study.trust import trust as examine
 
     folder = study_folder(study)
+    within = Band.around(band_at) if band_at is not None else Band.of_front(folder) if band else None
     with progress_bar() as progress:
-        found = examine(folder, n_networks=networks, n_seeds=seeds, progress=progress)
+        found = examine(folder, n_networks=networks, n_seeds=seeds, band=within, progress=progress)
     if as_json:
         print_json(found.to_dict())
     else:
+        if found.ceiling is not None:
+            between = next(row["spearman"] for row in found.rows() if row["signal"] == BETWEEN_SEEDS)
+            typer.echo(
+                f"ceiling: one seed ranks these networks as another with Spearman {between:.2f}; "
+                f"with {found.n_seeds} seeds each, a predictor that knew them would reach {found.ceiling:.2f}"
+            )
         rows = [
             {
                 "signal": row["signal"], "latency": row["band"] or "all", "networks": row["n_networks"],
@@ -331,13 +342,13 @@ def trust(
             }
             for row in found.rows()
         ]  # fmt: skip
-        print_rows(f"{found.n_networks} held-out networks, trained with {found.n_seeds} seed{'s' * (found.n_seeds > 1)} each", rows)
+        where = "" if within is None else f" of {within.low_ms:.3g} to {within.high_ms:.3g} ms"
+        title = f"{found.n_networks} held-out networks{where}, trained with {found.n_seeds} seed{'s' * (found.n_seeds > 1)} each"
+        print_rows(title, rows)
         typer.echo(f"verdict: {found.verdict}: {found.reason}")
-        if found.ceiling is not None:
-            tell(f"ceiling: with {found.n_seeds} seeds each, a predictor that knew these networks would reach Spearman {found.ceiling:.2f}")
         tell(
             f"{100 * found.coverage:.0f} % of the accuracies lie within the predictor's 90 % intervals; "
             f"it learned from {found.n_records} networks of the study"
         )
-        tell(f"numbers: {folder / 'trust.json'}; lowsearch report {folder.name} shows them")
+        tell(f"numbers: {folder / TRUST['range' if within is None else 'band']}; lowsearch report {folder.name} shows them")
     return 1 if found.verdict == "not trusted" else 0

@@ -305,8 +305,10 @@ def trust_card(study: StudyFiles) -> Card | None:
     """How well the accuracy predictor ranks: on networks held out for it where `lowsearch trust` ran, else on those the study trained."""
     if study.trust:
         own = study.trust["signals"][0]
-        how = f"on {own['n_networks']} held-out networks: {study.trust['reason']}"
+        how = f"on {own['n_networks']} held-out networks: {study.trust['reason']}{_in_band(study, '; ')}"
         return Card("Accuracy predictor", str(study.trust["verdict"]), _rank(own), how)
+    if study.trust_band:
+        return Card("Accuracy predictor", str(study.trust_band["verdict"]), "", f"{_in_band(study)}: {study.trust_band['reason']}")
     found, forecast = (study.summary.get(name) or {} for name in ("steering", "forecast"))
     if found.get("low") is None:  # Studies from before steering was judged by itself have the forecast alone.
         return _forecast_card(forecast)
@@ -327,6 +329,14 @@ def _forecast_card(found: Mapping[str, Any]) -> Card | None:
         f"not yet examined on others (lowsearch trust)"
     )
     return Card("Forecasts rank networks", f"{found['spearman']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}", how)
+
+
+def _in_band(study: StudyFiles, before: str = "") -> str:
+    if not study.trust_band:
+        return ""
+    own, within = study.trust_band["signals"][0], study.trust_band["within"]
+    rank = _rank(own) or "no ranking"
+    return f"{before}{rank} on {own['n_networks']} held-out networks of {within['low_ms']:.3g} to {within['high_ms']:.3g} ms"
 
 
 def _rank(found: Mapping[str, Any]) -> str:

@@ -122,6 +122,8 @@ class StudyFiles:
     """What `lowsearch run` summed up at its end; empty before."""
     trust: Mapping[str, Any] = field(default_factory=dict)
     """What `lowsearch trust` found; empty where it was not asked."""
+    trust_band: Mapping[str, Any] = field(default_factory=dict)
+    """The same inside one band of latency."""
     missing: tuple[str, ...] = ()
 
     @property
@@ -159,6 +161,7 @@ def read_study(folder: Path) -> StudyFiles:
         networks=_networks(folder / "networks.json", missing),
         summary=_mapping(folder / "summary.json"),
         trust=_mapping(folder / "trust.json", "verdict", "reason", "signals"),
+        trust_band=_mapping(folder / "trust-band.json", "verdict", "reason", "signals", "within"),
         missing=tuple(missing),
     )
 

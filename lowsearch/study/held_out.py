@@ -7,7 +7,9 @@ after; asked for more networks or seeds, it grows. `held_out.json` tells the wor
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lowsearch.arch import Arch
-from lowsearch.errors import StudyError
+from lowsearch.errors import StudyError, UsageError
 from lowsearch.files import write_atomically
 from lowsearch.search.estimates import Estimator, excess
 from lowsearch.space import SearchSpace
@@ -30,30 +32,76 @@ from lowsearch.study.workers.worker import Plan
 
 ORDERS = "held_out.json"
 MIN_NETWORKS = 5
+BAND_SHARE = 0.15
 _POOL = 4000
+_BAND_POOL = 40_000
+"""Random networks to find those of a band among."""
 _STREAM = 1_000_033
 """Keeps this module's random numbers apart from the study's own."""
 _POLL_S = 0.25
 
 
-def networks(parts: Parts, plan: Plan, n: int) -> list[Arch]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Band:
+    """A range of latency in which MACs and latency tell little."""
+
+    centre_ms: float
+    low_ms: float
+    high_ms: float
+
+    @classmethod
+    def around(cls, centre_ms: float) -> Band:
+        """Within BAND_SHARE of `centre_ms`."""
+        if not 0 < centre_ms < math.inf:
+            raise UsageError(f"the centre of the band is {centre_ms:g} ms, expected a positive latency")
+        return cls(centre_ms=centre_ms, low_ms=(1 - BAND_SHARE) * centre_ms, high_ms=(1 + BAND_SHARE) * centre_ms)
+
+    @classmethod
+    def of_front(cls, folder: Path) -> Band:
+        """Around the median latency of the front of the study in `folder`. Raises StudyError where it has none."""
+        path = folder / "front.csv"
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+        try:
+            latency_ms = [float(row["latency_ms"]) for row in rows]
+        except (KeyError, ValueError) as error:
+            raise StudyError(f"{path} is damaged: {error}", hint=f"lowsearch run --study {folder.name}") from error
+        if not latency_ms:
+            raise StudyError(
+                f"study {folder.name!r} has no front, whose median latency would be the centre of the band",
+                hint=f"lowsearch run --study {folder.name}, or name the centre: --band-at MS",
+            )
+        return cls.around(float(np.median(latency_ms)))
+
+    def holds(self, latency_ms: np.ndarray) -> np.ndarray:
+        """Whether each latency (n,) is in it, (n,)."""
+        return (latency_ms >= self.low_ms) & (latency_ms <= self.high_ms)
+
+
+def networks(parts: Parts, plan: Plan, n: int, *, band: Band | None = None) -> list[Arch]:
     """The held-out networks, in order of predicted latency: those trained already, and new ones where a stratum has none.
 
-    Strata are `n` equal shares of the random members of the space that the search could propose: within its limits, and no slower than
-    its reference point. What the study has trained is never chosen.
+    Strata are `n` equal shares of the random members of the space that the search could propose: within its limits, no slower than its
+    reference point, and in `band` where one is given. What the study has trained is never chosen.
     """
     space, estimator = parts.space, parts.estimator
-    frozen = {r.arch_id: r.arch for r in parts.held_out_records("range")}
+    frozen = {r.arch_id: r.arch for r in parts.held_out_records("range" if band is None else "band")}
+    if band is not None:
+        kept = band.holds(_latencies(estimator, space, frozen.values()))
+        frozen = {arch_id: arch for (arch_id, arch), keep in zip(frozen.items(), kept, strict=True) if keep}
+    n_drawn = _POOL if band is None else _BAND_POOL
     taken = {space.encode(r.arch).tobytes() for r in parts.records() if space.contains(r.arch)}
-    pool = np.unique(space.sample(_POOL, rng=np.random.default_rng([plan.settings.seed, _STREAM])), axis=0)
+    pool = np.unique(space.sample(n_drawn, rng=np.random.default_rng([plan.settings.seed, _STREAM])), axis=0)
     pool = pool[[genome.tobytes() not in taken for genome in pool]]
     estimates = estimator.estimate(pool)
     latency_ms = estimates.mean["latency_ms"]
     allowed = excess(estimates, plan.settings.limits) == 0  # Without an accuracy model, accuracy limits do not count.
     inside = allowed & (latency_ms < plan.reference["latency_ms"])
+    inside &= True if band is None else band.holds(latency_ms)
     pool, latency_ms = pool[inside], latency_ms[inside]
     if len(pool) < max(n, MIN_NETWORKS):
-        raise StudyError(f"only {len(pool)} of {_POOL} random networks keep the study's limits", hint="ask for fewer: --networks N")
+        where = "" if band is None else f" and take {band.low_ms:.3g} to {band.high_ms:.3g} ms"
+        hint = "ask for fewer: --networks N" + ("" if band is None else ", or for another band: --band-at MS")
+        raise StudyError(f"only {len(pool)} of {n_drawn} random networks keep the study's limits{where}", hint=hint)
     pool, latency_ms = (values[np.argsort(latency_ms, kind="stable")] for values in (pool, latency_ms))
     edges = np.linspace(0, len(pool), n + 1).astype(int)
     served = set(np.searchsorted(latency_ms[edges[1:-1]], _latencies(estimator, space, frozen.values()), side="right").tolist())

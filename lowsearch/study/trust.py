@@ -22,12 +22,13 @@ from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.study import held_out
 from lowsearch.study.assembly import build_parts
-from lowsearch.study.parts import Parts, Progress
+from lowsearch.study.held_out import Band
+from lowsearch.study.parts import HeldOutSet, Parts, Progress
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.workers.worker import Plan
 
 Verdict = Literal["trusted", "weak", "not trusted"]
-TRUST = "trust.json"
+TRUST: dict[HeldOutSet, str] = {"range": "trust.json", "band": "trust-band.json"}
 PREDICTOR = "accuracy predictor"
 PLAIN = ("params", "MACs")
 """What a ranking costs nothing by."""
@@ -69,6 +70,8 @@ class Trust:
     signals: tuple[Ranking, ...]
     """The predictor's first, then the others over all networks, then those within bands."""
     networks: tuple[Mapping[str, Any], ...]
+    within: Band | None = None
+    """The band of latency that all networks are from."""
 
     def rows(self) -> list[dict[str, Any]]:
         """The signals as flat rows."""
@@ -77,7 +80,9 @@ class Trust:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in trust.json."""
         leads = {name: None if found is None else dataclasses.asdict(found) for name, found in self.leads.items()}
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "signals": self.rows(), "leads": leads}
+        within = None if self.within is None else dataclasses.asdict(self.within)
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**plain, "signals": self.rows(), "leads": leads, "within": within}
 
 
 def trust(
@@ -85,17 +90,20 @@ def trust(
     *,
     n_networks: int = 12,
     n_seeds: int = 1,
+    band: Band | None = None,
     progress: Progress | None = None,
     parts: Callable[[Path, StudySettings], Parts] = build_parts,
     worker: Sequence[str] = WORKER,
 ) -> Trust:
     """Examine the predictor of the study in `folder`, training what the held-out set lacks (resumably), and write trust.json there.
 
+    With a `band`, on networks that were drawn in it and are kept apart; that goes to trust-band.json.
+
     Raises StudyError where the study trains nothing, or has trained too little to predict.
     """
     try:
         with FileLock(folder / ".trust.lock", timeout=0.5):
-            return _examined(folder, n_networks, n_seeds, progress, parts, worker)
+            return _examined(folder, n_networks, n_seeds, band, progress, parts, worker)
     except Timeout as error:
         raise StudyError(f"the predictor of study {folder.name!r} is being examined by another process", hint="wait for it") from error
 
@@ -104,6 +112,7 @@ def _examined(
     folder: Path,
     n_networks: int,
     n_seeds: int,
+    band: Band | None,
     progress: Progress | None,
     parts: Callable[[Path, StudySettings], Parts],
     worker: Sequence[str],
@@ -115,8 +124,9 @@ def _examined(
             f"study {folder.name!r} trains nothing, so there is no accuracy to compare a predictor with",
             hint="a study with --data FOLDER and no --accuracy trains",
         )
-    archs = held_out.networks(made, plan, n_networks)
-    orders = held_out.Orders(kept_in="range", archs=tuple(archs), seeds=tuple(held_out.seeds(plan, n_seeds)))
+    kept_in: HeldOutSet = "range" if band is None else "band"
+    archs = held_out.networks(made, plan, n_networks, band=band)
+    orders = held_out.Orders(kept_in=kept_in, archs=tuple(archs), seeds=tuple(held_out.seeds(plan, n_seeds)))
     by_arch = held_out.train(folder, made, plan, orders, command=worker, progress=progress)
     records = [r for r in made.records() if r.arch_id not in by_arch]
     scorer = made.fit(records)
@@ -135,9 +145,9 @@ def _examined(
         between = agreement(first, second)
         signals.append(Ranking(name=BETWEEN_SEEDS, band="", agreement=between))
         ceiling = ceiling_of(between.spearman, n_seeds)
-    signals += _in_bands({name: scores[name] for name in (PREDICTOR, *PLAIN)}, accuracy, known["latency_ms"])
+    signals += [] if band else _in_bands({name: scores[name] for name in (PREDICTOR, *PLAIN)}, accuracy, known["latency_ms"])
     leads = {name: lead(mean, scores[name], accuracy) for name in PLAIN}
-    decided, reason = verdict_of(signals, leads)
+    decided, reason = verdict_of(signals, leads, ceiling=ceiling)
     result = Trust(
         verdict=decided, reason=reason, n_networks=len(archs), n_seeds=min(len(found) for found in by_arch.values()),
         n_records=len({r.arch_id for r in records}), coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
@@ -147,8 +157,9 @@ def _examined(
              "predicted_accuracy_std": float(std[i]), "val_accuracy": [r.val_accuracy for r in by_arch[arch.arch_id]]}
             for i, arch in enumerate(archs)
         ),
+        within=band,
     )  # fmt: skip
-    write_atomically(folder / TRUST, json.dumps(result.to_dict(), indent=1) + "\n")
+    write_atomically(folder / TRUST[kept_in], json.dumps(result.to_dict(), indent=1) + "\n")
     return result
 
 
@@ -162,30 +173,46 @@ def ceiling_of(between_seeds: float | None, n_seeds: int) -> float | None:
     return float(np.sqrt(n_seeds * between_seeds / (1 + (n_seeds - 1) * between_seeds)))
 
 
-def verdict_of(signals: Sequence[Ranking], leads: Mapping[str, Lead | None]) -> tuple[Verdict, str]:
+def verdict_of(signals: Sequence[Ranking], leads: Mapping[str, Lead | None], *, ceiling: float | None = None) -> tuple[Verdict, str]:
     """The verdict, and why.
 
     `not trusted`: the 95 % interval of the predictor's Spearman reaches 0 or below, or there are too few networks for one. `trusted`:
-    its lower end is above TRUSTED_ABOVE, and neither params nor MACs rank better. `weak`: anything between. The better of params and
-    MACs has to be matched on the networks at hand, and the reason says how far the lead is from chance: a predictor that only may be
-    as good as what costs nothing has not earned trust.
+    its lower end is above TRUSTED_ABOVE, and the paired bootstrap puts it above both params and MACs: a predictor that only may be better
+    than what costs nothing has not earned trust. `weak`: anything between. The reason ends with what else is known: the ranking inside
+    bands of latency, and the ceiling.
     """
     whole = {s.name: s.agreement for s in signals if not s.band}
     own = whole[PREDICTOR]
     if own.spearman is None or own.low is None or own.low <= 0:
-        return "not trusted", "its ranking cannot be told from chance on these networks"
+        return "not trusted", f"its ranking cannot be told from chance on these networks{_beside(signals, ceiling)}"
     rival = max(PLAIN, key=lambda name: whole[name].spearman or 0.0)
-    difference = own.spearman - (whole[rival].spearman or 0.0)
-    found = leads.get(rival)
-    by = f"by {abs(difference):.2f}"
+    doubted = [name for name in PLAIN if (found := leads.get(name)) is None or found.low <= 0]
+    if own.spearman < (whole[rival].spearman or 0.0):
+        verdict, reason = "weak", f"{rival} alone rank these networks better{_by(own, whole[rival], leads.get(rival))}"
+    elif doubted:
+        worst = rival if rival in doubted else doubted[0]
+        verdict, reason = "weak", f"not better than {worst} beyond doubt{_by(own, whole[worst], leads.get(worst))}"
+    elif own.low <= TRUSTED_ABOVE:
+        verdict, reason = "weak", f"its ranking may be as poor as Spearman {own.low:.2f}"
+    else:
+        lead_over = _by(own, whole[rival], leads.get(rival))
+        verdict, reason = "trusted", f"its ranking is at least Spearman {own.low:.2f}, and better than that of {rival}{lead_over}"
+    return verdict, reason + _beside(signals, ceiling)
+
+
+def _by(own: Agreement, other: Agreement, found: Lead | None) -> str:
+    difference = (own.spearman or 0.0) - (other.spearman or 0.0)
+    text = f", by {abs(difference):.2f}"
     if found is not None:
         low, high = (found.low, found.high) if difference >= 0 else (-found.high, -found.low)
-        by += f" ({low:.2f} to {high:.2f})"
-    if difference < 0:
-        return "weak", f"{rival} alone rank these networks better, {by}"
-    if own.low <= TRUSTED_ABOVE:
-        return "weak", f"its ranking may be as poor as Spearman {own.low:.2f}"
-    return "trusted", f"its ranking is at least Spearman {own.low:.2f}, and better than that of {rival} {by}"
+        text += f" ({low:.2f} to {high:.2f})"
+    return text
+
+
+def _beside(signals: Sequence[Ranking], ceiling: float | None) -> str:
+    inside = [f"{s.agreement.spearman or 0.0:.2f}" for s in signals if s.band and s.name == PREDICTOR]
+    bands = f"; within bands of latency {', '.join(inside)}" if inside else ""
+    return bands + ("" if ceiling is None else f"; ceiling {ceiling:.2f}")
 
 
 def _in_bands(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Ranking]:
