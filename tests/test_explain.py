@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from made_knowledge import records_of, table_of
 
 from lowsearch import cli, cost
@@ -24,7 +25,7 @@ from lowsearch.space import SearchSpace
 from lowsearch.study import knowledge, refinement
 from lowsearch.study.explain import Change, explain
 from lowsearch.study.knowledge import Knowledge
-from lowsearch.study.parts import ProxyAccuracy
+from lowsearch.study.parts import ProxyAccuracy, stand_in_of
 from lowsearch.study.settings import StudySettings
 
 MICRO = SearchSpace.load("lowformer-micro")
@@ -38,7 +39,7 @@ def known_of(space: SearchSpace, *, without: str = "", score: bool = True) -> Kn
     known = Knowledge(space=space, latency=latency, latency_source="table")
     if not score:
         return known
-    return dataclasses.replace(known, score=AccuracyPredictor(space).fit(records_of(space, 30)), score_source="estimated")
+    return dataclasses.replace(known, score=AccuracyPredictor(space).fit(records_of(space, 30)))
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_leads_keep_the_limits_and_are_new_to_the_study(micro):
 
 
 def test_under_a_proxy_a_lead_is_faster_at_no_fewer_macs():
-    known = dataclasses.replace(known_of(MICRO, score=False), score=ProxyAccuracy(MICRO, "macs"), score_source="proxy:macs")
+    known = dataclasses.replace(known_of(MICRO, score=False), score=ProxyAccuracy(MICRO, "macs"))
     arch = MICRO.family["micro-cpu-l"]
     found = refinement.refine(known, arch, settings=StudySettings(accuracy="macs"), reference={**REFERENCE, "accuracy": 5.0})
     assert found.leads
@@ -290,6 +291,32 @@ def test_explain_answers_for_a_network_of_a_study(study, capsys):
     assert {"arch", "latency_ms", "latency_std_ms", "macs_say", "score", "score_std", "steps"} <= set(values["changes"][0])
     text = said(capsys, "explain", "--study", "mine", "--arch", "micro-b-s")
     assert "One change" in text and "stage3.attention.enabled True -> False" in text and "MACs mislead about" in text
+
+
+@pytest.mark.parametrize(("accuracy", "source"), [("published", "prior:published"), ("macs", "proxy:macs"), (None, "estimated")])
+def test_explain_and_refine_name_unit_and_source_of_the_score(study, capsys, accuracy, source):
+    values = yaml.safe_load((study / "study.yaml").read_text())
+    values["settings"]["accuracy"] = accuracy or values["settings"]["accuracy"]
+    (study / "study.yaml").write_text(yaml.safe_dump(values))
+    found = json.loads(said(capsys, "explain", "--study", "mine", "--arch", "micro-b-s", "--json"))
+    assert (found["score_source"], found["score_unit"]) == (source, "rank" if accuracy else "top1")
+    assert (
+        (found["score_std"] is None) == (found["changes"][0]["score_std"] is None) == (accuracy == "macs")
+    )  # A proxy has no error to give.
+    text = said(capsys, "explain", "--study", "mine", "--arch", "micro-b-s")
+    assert ("score (rank)" in text) == bool(accuracy) and ("accuracy %" in text) != bool(accuracy) and f"({source})" in text
+    arch_id = found["arch_id"]
+    text = said(capsys, "refine", "mine", "--arch", arch_id)
+    assert ("score (rank)" in text) == bool(accuracy) and ("accuracy %" in text) != bool(accuracy)
+
+
+@pytest.mark.parametrize("accuracy", ["published", "macs", "params"])
+def test_what_stands_in_for_accuracy_only_ranks(accuracy):
+    settings = StudySettings(accuracy=accuracy)
+    model = stand_in_of(settings, MICRO)
+    assert model.unit == "rank" and model.source == settings.stand_in
+    std = model.predict(MICRO.sample(5, rng=np.random.default_rng(0)))[1]
+    assert (std > 0).all() if accuracy == "published" else (std == 0).all()
 
 
 def test_explain_answers_from_a_table_alone(study, capsys):

@@ -502,7 +502,7 @@ def test_a_proxy_is_drawn_as_one_and_never_called_accuracy(running: StudyFiles):
     study = replace(running, candidates=tuple(map(with_proxy, running.candidates)), sample=())
     study = replace(study, finalists=tuple(replace(n, on_front=True) for n in tables.best_known_front(study)))
     figure = json.loads(str(figures.front_figure(study, split="validation").to_json()))
-    assert figure["layout"]["yaxis"]["title"]["text"] == "log10 of params, in place of accuracy"
+    assert figure["layout"]["yaxis"]["title"]["text"] == "Rank score (log10 of params), not accuracy"
     assert max(y for trace in figure["data"] for y in trace["y"]) == pytest.approx(max(n.score for n in study.candidates))
     assert tables.against_family(study) == []
     assert tables.hypervolumes(study) is None

@@ -20,8 +20,9 @@ import yaml
 from filelock import FileLock
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, spearman
+from lowsearch.cli.found import print_front
 from lowsearch.errors import DataError, StudyError, UsageError
-from lowsearch.report import sections
+from lowsearch.report import figures, sections
 from lowsearch.report.study_files import read_study
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import LowSearchSampler, Proposal
@@ -514,12 +515,17 @@ def test_the_page_shows_the_forecast_the_verdict_and_the_end_of_steering(tmp_pat
     assert "the predictor &lt;fails&gt;" in page and "stopping too" in page
 
 
-def test_a_study_by_the_published_trend_never_calls_it_accuracy(tmp_path: Path) -> None:
+def test_a_study_by_the_published_trend_never_calls_it_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
-    studies.run(StudySettings(accuracy="published", trials=2, workers=1, sampler="random"), folder, backend=fakes.backend())
+    result = studies.run(StudySettings(accuracy="published", trials=2, workers=1, sampler="random"), folder, backend=fakes.backend())
     for name in ("candidates.csv", "finalists.csv"):
         for row in csv.DictReader((folder / name).read_text().splitlines()):
-            assert row["accuracy_source"] == "prior:published" and row["val_accuracy"] == ""
+            assert (row["accuracy_source"], row["accuracy_unit"], row["val_accuracy"]) == ("prior:published", "rank", "")
             assert float(row["score_std"]) > 0
     page = sections.body(read_study(folder))
-    assert "Nothing was trained: published accuracies stand in for accuracy" in page and "not an accuracy" in page
+    assert "Nothing was trained: published accuracies stand in for accuracy" in page and "a score (rank), no accuracy" in page
+    assert "prior:published (rank)" in page
+    figure = json.loads(str(figures.front_figure(read_study(folder), split="validation").to_json()))
+    assert figure["layout"]["yaxis"]["title"]["text"] == "Rank score (trend of published accuracies), not accuracy"
+    print_front(read_study(folder), result.front)
+    assert "score (rank)" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import numpy as np
 from lowsearch import cost
 from lowsearch.accuracy.gaussian import GaussianProcess, Points
 from lowsearch.accuracy.records import AccuracyRecord
+from lowsearch.accuracy.scores import Unit
 from lowsearch.errors import UsageError
 from lowsearch.space import SearchSpace
 from lowsearch.train import CurvePoint
@@ -50,6 +51,9 @@ class LeaveOneOut:
 
 class AccuracyPredictor:
     """Predicts the full-schedule validation accuracy (0 to 1) of the networks of one space under one recipe."""
+
+    unit: Unit = "top1"
+    source = "estimated"
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space

@@ -17,6 +17,7 @@ import numpy as np
 
 from lowsearch import cost
 from lowsearch.accuracy.agreement import spearman
+from lowsearch.accuracy.scores import Unit
 from lowsearch.presets import PRESETS
 from lowsearch.published import TOP1_PERCENT_AT
 from lowsearch.space import SearchSpace
@@ -117,6 +118,8 @@ def leave_one_out() -> PriorError:
 class PublishedPrior:
     """The trend as an accuracy model of one space: a score in points, with an interval. Never called accuracy in any output."""
 
+    unit: Unit = "rank"
+    source = "prior:published"
     margin = 1.0
     """How far below the family's lowest score hypervolume is counted from."""
 

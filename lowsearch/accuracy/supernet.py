@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from filelock import FileLock
@@ -23,6 +22,7 @@ from lowsearch import cost
 from lowsearch.accuracy.gaussian import GaussianProcess, Points
 from lowsearch.accuracy.predictor import SEED_STD
 from lowsearch.accuracy.records import AccuracyRecord
+from lowsearch.accuracy.scores import Unit
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import DataError, LowsearchError, StudyError, UsageError
@@ -34,8 +34,6 @@ MIN_TRAINED = 5
 _DOUBT = 4
 """Networks whose errors are as the process expects, added to those that were left out when its interval is rescaled."""
 _WORST_LOSS = 1000.0
-Unit = Literal["rank", "top1"]
-"""Minus a loss, for ranking; or an accuracy, as a fraction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +66,8 @@ class InheritedScore:
 
 class SupernetEstimator:
     """Scores and estimates of the networks of one supernet: the finished one in `folder`."""
+
+    source = "supernet"
 
     def __init__(self, folder: Path, data: ImageData, *, device: str = "cpu") -> None:
         """Raises StudyError where there is no finished supernet, DataError where it was trained on other images."""

@@ -21,7 +21,7 @@ def print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
         | (
             {"val %": percent(row, "val_accuracy"), "test %": percent(row, "test_accuracy"), "± %": percent(row, "accuracy_std")}
             if trained
-            else {"score": row["score"], "± score": row.get("score_std"), "score source": row["accuracy_source"]}
+            else {"score (rank)": row["score"], "± score": row.get("score_std"), "score source": row["accuracy_source"]}
             if "score" in row
             else {}
         )

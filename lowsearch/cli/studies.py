@@ -158,13 +158,14 @@ def explain(
         )  # fmt: skip
     total = f"total {found.latency_ms:.4g} ± {found.latency_std_ms:.2g} ms ({found.latency_source}), {found.macs / 1e6:.4g} MMACs"
     total += f", peak memory {found.peak_memory_mb:.3g} MB, file {found.artifact_mb:.3g} MB"
-    if found.score is not None and found.score_std is not None and found.score_source == "estimated":
-        total += f", accuracy {100 * found.score:.1f} ± {100 * found.score_std:.1f} % (estimated)"
+    if found.score is not None:
+        (what, score), (_, std) = _score_columns(found.score, found.score_std, found.score_unit).items()
+        total += f", {what} {plain(score)}" + (f" ± {plain(std)}" if std is not None else "") + f" ({found.score_source})"
     typer.echo(f"{total}\n")
     misled = sum(bool(change.macs_say) for change in found.changes)
     if found.changes:
         title = f"One change: what it adds. MACs mislead about {misled} of {len(found.changes)}"
-        print_rows(title, [_change_row(change, found.score_source) for change in found.changes])
+        print_rows(title, [_change_row(change, found.score_unit) for change in found.changes])
 
 
 def refine(
@@ -192,7 +193,7 @@ def refine(
     title = f"{len(found.leads)} of {found.n_judged} untried networks one or two changes from {network.arch_id} promise more"
     if found.leads:
         print_rows(
-            title, [{"network": x.change.arch_id, "gain": x.gain, **_change_row(x.change, known.score_source)} for x in found.leads[:top]]
+            title, [{"network": x.change.arch_id, "gain": x.gain, **_change_row(x.change, known.score_unit)} for x in found.leads[:top]]
         )
     else:
         tell(f"{title}: it is the best of its neighbourhood, as far as the predictors can tell")
@@ -201,13 +202,18 @@ def refine(
         tell(f"{len(waiting)} wait for training; a search that has spent its time needs more: lowsearch run --study {study} --budget …")
 
 
-def _change_row(change: Any, score_source: str) -> dict[str, Any]:
+def _change_row(change: Any, score_unit: str) -> dict[str, Any]:
     """The row of a table for one `lowsearch.study.explain.Change`."""
     row = {
         "change": ", ".join(map(str, change.steps)), "latency_ms": change.latency_ms, "±": change.latency_std_ms,
         "latency %": round(100 * change.latency_share, 1), "MACs %": round(100 * change.macs_share, 1),
         "params %": round(100 * change.params_share, 1), "MACs say": change.macs_say,
     }  # fmt: skip
-    if score_source == "estimated":
-        row |= {"accuracy %": round(100 * change.score, 2), "± %": round(100 * change.score_std, 2)}
-    return row
+    return row if change.score is None else row | _score_columns(change.score, change.score_std, score_unit)
+
+
+def _score_columns(score: float, std: float | None, unit: str) -> dict[str, Any]:
+    """A score and its error, by headings that tell the unit."""
+    if unit == "top1":
+        return {"accuracy %": round(100 * score, 2), "± %": None if std is None else round(100 * std, 2)}
+    return {"score (rank)": score, "± score": std}

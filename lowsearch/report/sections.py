@@ -21,9 +21,9 @@ SOURCES = {
     "estimated": "worked out: accuracy from a training, or part of one, and from what the predictor expects; latency from a formula",
     "trained": "accuracy of weights that were trained here on the full schedule, with a fresh seed for the final networks",
     "published": "copied from a paper or model card",
-    "proxy:params": "the logarithm of the parameters: a score in place of accuracy, not an accuracy",
-    "proxy:macs": "the logarithm of the MACs: a score in place of accuracy, not an accuracy",
-    "prior:published": "the trend of published accuracies of other networks: a score in place of accuracy, not an accuracy",
+    "proxy:params": "the logarithm of the parameters: a score (rank), no accuracy: it only orders networks",
+    "proxy:macs": "the logarithm of the MACs: a score (rank), no accuracy: it only orders networks",
+    "prior:published": "the trend of published accuracies of other networks: a score (rank), no accuracy: it only orders networks",
 }
 READING = (
     "Latency is the time of one forward pass at the stated batch; throughput and time per image follow from it. Peak memory and file size "
@@ -561,6 +561,11 @@ def _asked(study: StudyFiles) -> list[tuple[str, Metric]]:
     return [(o.word.capitalize(), o.metric) for o in OBJECTIVES.values() if o.metric in asked and o.metric not in usual]
 
 
+def _with_unit(network: Network) -> str:
+    """Where its accuracy is from; a score that is none says so."""
+    return f"{network.accuracy_source} (rank)" if network.accuracy_unit == "rank" else network.accuracy_source
+
+
 def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
     cells = [
         _cell(_dotted(study, network), value=network.label),
@@ -570,7 +575,7 @@ def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
         _cell(percent(network.val_accuracy, network.accuracy_std), "number", network.val_accuracy),
         _cell(milliseconds(network.latency_ms, network.latency_std_ms), "number", network.latency_ms),
         _cell(milliseconds(network.predicted_latency_ms), "number", network.predicted_latency_ms),
-        _cell(escape(", ".join(filter(None, (network.accuracy_source, network.latency_source)))), "mark"),
+        _cell(escape(", ".join(filter(None, (_with_unit(network), network.latency_source)))), "mark"),
         *(_cell(milliseconds(ms), "number", ms) for ms in list(network.by_device.values())[1:]),
         *(
             _cell(tables.amount(getattr(network, metric), tables.UNITS[metric]), "number", getattr(network, metric))

@@ -39,6 +39,8 @@ class Network:
     accuracy_std: float = NAN
     accuracy_std_origin: str = ""
     accuracy_source: str = ""
+    accuracy_unit: str = ""
+    """`top1`, or `rank` where a score stands in for accuracy."""
     score: float = NAN
     """Stands in for accuracy in a study without training, and is never called accuracy; `accuracy_source` says what it is."""
     score_std: float = NAN
@@ -283,6 +285,7 @@ def _network(row: _Row) -> Network:
         accuracy_std=row.number("accuracy_std", least=0),
         accuracy_std_origin=row.text("accuracy_std_origin"),
         accuracy_source=row.text("accuracy_source"),
+        accuracy_unit=row.text("accuracy_unit") or _unit_before(row),
         score=row.number("score"),
         score_std=row.number("score_std", least=0),
         latency_ms=row.number("latency_ms", least=0),
@@ -306,6 +309,11 @@ def _network(row: _Row) -> Network:
         weights=row.text("weights"),
         elapsed_s=row.number("elapsed_s", least=0),
     )
+
+
+def _unit_before(row: _Row) -> str:
+    """Of a study from before its files stated it."""
+    return "rank" if row.text("score") else "top1" if row.text("accuracy_source") else ""
 
 
 def _regret(row: _Row) -> Regret:

@@ -285,8 +285,8 @@ def stand_in(study: StudyFiles) -> str:
 
 def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
     if source := stand_in(study):
-        score = "Trend" if source.startswith("prior:") else "log10"
-        return Axis(f"{score} of {STAND_INS[source]}, in place of accuracy", lambda n: n.score, lambda n: n.score_std, log=False)
+        score = "trend" if source.startswith("prior:") else "log10"
+        return Axis(f"Rank score ({score} of {STAND_INS[source]}), not accuracy", lambda n: n.score, lambda n: n.score_std, log=False)
     accuracy = Accuracy(split)
     return Axis(f"{split.capitalize()} accuracy, %", lambda n: 100 * accuracy(n), lambda n: 100 * n.accuracy_std, log=False)
 
@@ -575,7 +575,11 @@ def number_rows(network: Network, sources: Mapping[str, str]) -> list[tuple[str,
     rows = [
         ("Test accuracy", percent(network.test_accuracy, accuracy_std), network.accuracy_source),
         ("Validation accuracy", percent(network.val_accuracy, accuracy_std), network.accuracy_source),
-        ("Score", f"{network.score:.4g}{_score_error(network)}" if math.isfinite(network.score) else "", network.accuracy_source),
+        (
+            "Score (unit: rank)",
+            f"{network.score:.4g}{_score_error(network)}" if math.isfinite(network.score) else "",
+            network.accuracy_source,
+        ),
         (f"Latency on {first}" if first else "Latency", milliseconds(network.latency_ms, network.latency_std_ms), network.latency_source),
         *((f"Latency on {label}", milliseconds(network.by_device.get(label, NAN)), sources[label]) for label in others),
         ("Worst-case latency", amount(network.worst_latency, UNITS["worst_latency"]), ""),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lowsearch import cost, footprint
+from lowsearch.accuracy.scores import Unit
 from lowsearch.errors import UsageError
 from lowsearch.footprint import ACTIVATION_BYTES, MB, Precision
 from lowsearch.search.devices import Fleet, LatencyModel
@@ -38,10 +39,17 @@ class EnergyPredictor(Protocol):
 
 
 class AccuracyModel(Protocol):
-    """Predicted accuracy after the full schedule; `accuracy.predictor.AccuracyPredictor` is one."""
+    """Predicted accuracy after the full schedule, or a score in its place; `accuracy.predictor.AccuracyPredictor` is one."""
+
+    @property
+    def unit(self) -> Unit: ...
+    @property
+    def source(self) -> str:
+        """Where its values are from, as in the column `accuracy_source`."""
+        ...
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, n_genes) -> mean (n,), standard deviation (n,), as fractions."""
+        """(n, n_genes) -> mean (n,), standard deviation (n,), in `unit`. A proxy has no error of its own, and gives zeros."""
         ...
 
 

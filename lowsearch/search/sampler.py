@@ -24,6 +24,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from lowsearch.accuracy.scores import Unit
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.footprint import Precision
 from lowsearch.search import pareto
@@ -320,9 +321,9 @@ class LowSearchSampler(BaseSampler):
             pool = pool.take(pool.slices == slice_)
             where = f" in slice {slice_ + 1} of {settings.niches}"
         exact = getattr(accuracy, "predict_exact", None)
-        if exact is not None:
+        if accuracy is not None and exact is not None:
             best = pool.take(np.argsort(-(pool.std if learns else pool.worth), kind="stable")[: settings.shortlist])
-            pool = _Pool.of(best.genomes, self, front, _Exact(exact), estimator)
+            pool = _Pool.of(best.genomes, self, front, _Exact(accuracy, exact), estimator)
         if learns:
             i = int(np.argmax(pool.std))
             return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
@@ -348,8 +349,16 @@ class LowSearchSampler(BaseSampler):
 class _Exact:
     """The exact form of an accuracy model, too slow for populations, as a model of its own."""
 
-    def __init__(self, predict_exact: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
-        self._predict_exact = predict_exact
+    def __init__(self, model: AccuracyModel, predict_exact: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+        self._model, self._predict_exact = model, predict_exact
+
+    @property
+    def unit(self) -> Unit:
+        return self._model.unit
+
+    @property
+    def source(self) -> str:
+        return self._model.source
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._predict_exact(genomes)

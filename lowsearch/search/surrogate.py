@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from lowsearch.accuracy.scores import Unit
 from lowsearch.search.estimates import Estimator
 
 
 class TrialSurrogate:
     """Bayesian linear regression of a trial's accuracy on the space's features and the logarithms of MACs and parameters."""
+
+    unit: Unit = "top1"
+    source = "estimated"
 
     def __init__(self, estimator: Estimator, genomes: np.ndarray, accuracies: np.ndarray) -> None:
         from sklearn.linear_model import BayesianRidge  # A second that a sampler with an accuracy model never needs.

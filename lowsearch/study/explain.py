@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lowsearch import cost
+from lowsearch.accuracy.scores import Unit
 from lowsearch.arch import Arch
 from lowsearch.footprint import artifact_mb, peak_memory_mb
 from lowsearch.space import SearchSpace
@@ -72,8 +73,9 @@ class Change:
     peak_memory_mb: float = 0.0
     artifact_mb: float = 0.0
     score: float | None
-    """Estimated accuracy (a fraction), or the proxy that stands for it; None where nothing is known of it."""
+    """In the unit of the explanation; None where nothing is known of it."""
     score_std: float | None
+    """None where the score has no error of its own."""
 
     @property
     def arch_id(self) -> str:
@@ -114,8 +116,11 @@ class Explanation:
     score: float | None
     """As the study's model estimates it for a fresh training; None where there is none."""
     score_std: float | None
+    """None, too, where the score has no error of its own."""
     score_source: str
-    """`estimated` for an accuracy, else `proxy:macs` or `proxy:params`; empty without a score."""
+    """`estimated` for an accuracy, else `prior:published`, `proxy:macs` or `proxy:params`; empty without a score."""
+    score_unit: Unit | Literal[""]
+    """`top1` (a fraction) for an accuracy, `rank` for a score that is none; empty without a score."""
     stages: tuple[PartCost, ...]
     blocks: tuple[PartCost, ...]
     changes: tuple[Change, ...]
@@ -144,8 +149,8 @@ def explain(known: Knowledge, arch: Arch) -> Explanation:
         latency_source=known.latency_source, macs=total.macs, params=total.params,
         peak_memory_mb=peak_memory_mb(arch, precision=target.precision, batch=target.batch),
         artifact_mb=artifact_mb(arch, precision=target.precision),
-        score=None if score is None else float(score[0][0]), score_std=None if score is None else float(score[1][0]),
-        score_source=known.score_source,
+        score=None if score is None else float(score[0][0]), score_std=None if score is None else float(score[1][0]) or None,
+        score_source=known.score_source, score_unit=known.score_unit,
         stages=_stages(blocks), blocks=blocks,
         changes=tuple(sorted(changes(known, genome, genomes, steps), key=lambda change: change.latency_ms)),
     )  # fmt: skip
@@ -170,7 +175,7 @@ def changes(known: Knowledge, before: np.ndarray, after: np.ndarray, steps: Sequ
             params=int(params[i + 1] - params[0]), params_share=float(params[i + 1] / params[0] - 1),
             peak_memory_mb=float(sums["peak_memory_mb"][i + 1] - sums["peak_memory_mb"][0]),
             artifact_mb=float(sums["artifact_mb"][i + 1] - sums["artifact_mb"][0]),
-            score=None if score is None else float(score[i]), score_std=None if score_std is None else float(score_std[i]),
+            score=None if score is None else float(score[i]), score_std=None if score_std is None else float(score_std[i]) or None,
         )
         for i in range(len(after))
     ]  # fmt: skip

@@ -39,10 +39,10 @@ FINAL_SEED_STREAM = 1_000_003
 """Keeps the seeds of final trainings apart from the study's own."""
 
 COLUMNS = (
-    "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source", "score",
-    "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms", "over_limit",
-    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "energy_source", "macs", "params", "resolution_px",
-    "on_front", "weights", "estimated_accuracy", "n_seeds",
+    "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source",
+    "accuracy_unit", "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms",
+    "over_limit", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "energy_source", "macs", "params",
+    "resolution_px", "on_front", "weights", "estimated_accuracy", "n_seeds",
 )  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def _trained_columns(scores: Sequence[FinalScore], seed_std: float, seed_std_ori
     std = math.sqrt(binomial + (0.0 if math.isnan(seed_std) else seed_std**2 / len(scores)))
     return {
         "val_accuracy": float(np.mean([s.val_accuracy for s in scores])), "test_accuracy": test, "accuracy_std": std,
-        "accuracy_std_origin": f"binomial on {n_test} test images{seed_std_origin}", "accuracy_source": "trained",
+        "accuracy_std_origin": f"binomial on {n_test} test images{seed_std_origin}", "accuracy_source": "trained", "accuracy_unit": "top1",
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from lowsearch import locations
 from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.accuracy.records import AccuracyRecords
+from lowsearch.accuracy.scores import Unit
 from lowsearch.arch import Arch
 from lowsearch.errors import NotInSpaceError, StudyError, TableError
 from lowsearch.latency.energy_model import fit_energy
@@ -29,7 +30,7 @@ from lowsearch.search.devices import Fleet, fit_scales, scales_from
 from lowsearch.search.estimates import AccuracyModel, Estimator
 from lowsearch.space import SearchSpace
 from lowsearch.study.parts import stand_in_of
-from lowsearch.study.settings import STAND_INS, StudySettings, read_study_file, stored_settings
+from lowsearch.study.settings import StudySettings, read_study_file, stored_settings
 
 SPACE_FILE = "space.yaml"
 RECIPE_FILE = "recipe.yaml"
@@ -56,10 +57,18 @@ class Knowledge:
     """`table` where the device is not attached."""
     score: ScoreModel | None = None
     """None without a study, and in a study that has trained nothing."""
-    score_source: str = ""
-    """`estimated` for an accuracy, else `proxy:macs` or `proxy:params`; empty without a score."""
     fleet: Fleet | None = None
     """All devices of the study, where there are several; `latency` is the first's."""
+
+    @property
+    def score_source(self) -> str:
+        """Of the score, as in the column `accuracy_source`; empty without a score."""
+        return "" if self.score is None else self.score.source
+
+    @property
+    def score_unit(self) -> Unit | Literal[""]:
+        """Of the score; empty without one."""
+        return "" if self.score is None else self.score.unit
 
     @property
     def estimator(self) -> Estimator:
@@ -132,10 +141,10 @@ def of_study(folder: Path, settings: StudySettings | None = None) -> Knowledge:
     if stored.exists():
         known = dataclasses.replace(known, fleet=fleet_of(folder, settings, space, known.latency))
     stand_in = stand_in_of(settings, space)
-    if stand_in is not None and settings.accuracy is not None:
-        return dataclasses.replace(known, score=stand_in, score_source=STAND_INS[settings.accuracy])
+    if stand_in is not None:
+        return dataclasses.replace(known, score=stand_in)
     records = sorted(AccuracyRecords(folder / "records.jsonl"), key=lambda record: (record.arch_id, record.rung))
-    return dataclasses.replace(known, score=AccuracyPredictor(space).fit(records), score_source="estimated") if records else known
+    return dataclasses.replace(known, score=AccuracyPredictor(space).fit(records)) if records else known
 
 
 def settings_of(folder: Path) -> StudySettings:

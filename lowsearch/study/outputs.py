@@ -29,12 +29,12 @@ from lowsearch.study.storage import Candidate
 
 CANDIDATE_COLUMNS = (
     "number", "arch_id", "name", "origin", "genome", "state", "reason", "rung", "val_accuracy", "accuracy_std", "accuracy_source",
-    "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "throughput_ips", "time_per_image_ms", "peak_memory_mb",
-    "artifact_mb", "energy_mj", "energy_source", "macs", "params", "resolution_px", "elapsed_s", "why",
+    "accuracy_unit", "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "throughput_ips", "time_per_image_ms",
+    "peak_memory_mb", "artifact_mb", "energy_mj", "energy_source", "macs", "params", "resolution_px", "elapsed_s", "why",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
-    "arch_id", "origin", "val_accuracy", "accuracy_std", "accuracy_source", "latency_ms", "latency_std_ms", "latency_source",
-    "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params", "resolution_px",
+    "arch_id", "origin", "val_accuracy", "accuracy_std", "accuracy_source", "accuracy_unit", "latency_ms", "latency_std_ms",
+    "latency_source", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "macs", "params", "resolution_px",
 )  # fmt: skip
 N_SAMPLE = 400
 
@@ -109,6 +109,7 @@ class StudyFiles:
             if accuracy is not None:
                 mean = min(max(float(row["accuracy"]), 0.0), 1.0)
                 row |= {"val_accuracy": mean, "accuracy_std": estimates.std["accuracy"][i], "accuracy_source": "predicted"}
+                row |= {"accuracy_unit": "top1"}
             rows.append(row)
         write_csv(self._folder / "space_sample.csv", (*SAMPLE_COLUMNS, *device_columns(self._parts)), rows)
 
@@ -151,8 +152,9 @@ def accuracy_columns(settings: StudySettings, accuracy: float, std: float) -> di
     What stands in for accuracy is a score, never an accuracy.
     """
     if settings.stand_in:
-        return {"score": accuracy, "score_std": std, "accuracy_source": settings.stand_in}
-    return {"val_accuracy": min(max(accuracy, 0.0), 1.0), "accuracy_std": std, "accuracy_source": "estimated"}
+        return {"score": accuracy, "score_std": std or None, "accuracy_source": settings.stand_in, "accuracy_unit": "rank"}
+    value = min(max(accuracy, 0.0), 1.0)
+    return {"val_accuracy": value, "accuracy_std": std, "accuracy_source": "estimated", "accuracy_unit": "top1"}
 
 
 def candidate_costs(settings: StudySettings, found: Sequence[Candidate], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

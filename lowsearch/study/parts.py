@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from lowsearch.accuracy.scores import Unit
 from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
 from lowsearch.search.devices import Fleet
@@ -189,11 +190,16 @@ def stand_in_of(settings: StudySettings, space: SearchSpace) -> StandIn | None:
 
 @dataclass(frozen=True)
 class ProxyAccuracy:
-    """MACs or parameters in place of accuracy, as log10 and certain."""
+    """MACs or parameters in place of accuracy, as log10. How far off they are as such is not known: it has no error to give."""
 
     space: SearchSpace
     metric: Literal["macs", "params"]
     margin: float = math.log10(1 / 0.9)
+    unit: Unit = "rank"
+
+    @property
+    def source(self) -> str:
+        return f"proxy:{self.metric}"
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         score = np.log10(Estimator(self.space, None).estimate(genomes).mean[self.metric])

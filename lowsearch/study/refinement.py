@@ -139,9 +139,9 @@ def enqueue(folder: Path, settings: StudySettings, space: SearchSpace, leads: Co
 
 
 def _gain(change: Change) -> Gain | None:
-    assert change.score is not None and change.score_std is not None
+    assert change.score is not None
     faster = -change.latency_ms > CLEAR_STD * change.latency_std_ms
-    better = change.score > CLEAR_STD * change.score_std
+    better = change.score > CLEAR_STD * (change.score_std or 0.0)
     if faster and better:
         return "faster and better"
     return "faster" if faster else "better" if better else None
@@ -156,7 +156,7 @@ def _hypervolumes(known: Knowledge, genome: np.ndarray, found: list[Change], ref
     score, ms = float(known.score.predict(genome[None])[0][0]), float(known.latency.predict(genome[None])[0][0])
     gains = np.array([change.score for change in found], dtype=float)
     saved_ms = -np.array([change.latency_ms for change in found], dtype=float)
-    std = np.array([change.score_std for change in found], dtype=float)
+    std = np.array([change.score_std or 0.0 for change in found], dtype=float)
     own = objectives.costs(np.array([[score, ms]]))
     worst = objectives.costs(np.array([[min(reference["accuracy"], score), max(reference["latency_ms"], ms)]]))[0]
     costs = objectives.costs(np.column_stack([score + gains, ms - saved_ms]))
