@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -144,12 +145,21 @@ def test_aggregate_is_the_sum_of_log_ranks() -> None:
 
 def test_every_proxy_is_finite_repeatable_and_its_own_on_random_networks(batch: Split) -> None:
     archs = [SPACE.decode(g) for g in SPACE.sample(4, rng=np.random.default_rng(3))]
-    first, again, other = (proxy_scores(archs, batch, seed=seed) for seed in (0, 0, 1))
+    found = [proxy_scores(archs, batch, seed=seed) for seed in (0, 0, 1)]
+    assert all(s.unit == "rank" and s.std is None and s.source == f"proxy:{name}" for name, s in found[0].items())
+    first, again, other = ({name: scores.mean for name, scores in one.items()} for one in found)
     for name, values in first.items():
         assert np.isfinite(values).all() and len(np.unique(values)) > 1, name
         assert (values == again[name]).all(), name
     assert (first["AZ-NAS complexity"] == [cost.count(a).macs for a in archs]).all()
     assert (first["SynFlow"] != other["SynFlow"]).all() and (first["ZiCo"] != other["ZiCo"]).all()
+
+
+def test_every_proxy_is_charged_for_its_own_time(batch: Split) -> None:
+    ticks = itertools.accumulate([0.0, 1.0, 0.0, 2.0, 0.0, 4.0, 0.0, 8.0] * 2)
+    archs = [SPACE.decode(g) for g in SPACE.sample(2, rng=np.random.default_rng(3))]
+    found = proxy_scores(archs, batch, cpu_clock=lambda: next(ticks))
+    assert [found[name].cpu_seconds for name in ("NASWOT", "SynFlow", "ZiCo", "AZ-NAS", "AZ-NAS complexity")] == [2.0, 4.0, 8.0, 16.0, 16.0]
 
 
 def test_residual_branches_are_visible(batch: Split) -> None:

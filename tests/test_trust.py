@@ -20,10 +20,12 @@ import yaml
 from filelock import FileLock
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, spearman
+from lowsearch.accuracy.scores import Unit
 from lowsearch.cli.found import print_front
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report import figures, sections
 from lowsearch.report.study_files import read_study
+from lowsearch.search.estimates import scores_of
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import LowSearchSampler, Proposal
 from lowsearch.study import held_out
@@ -41,7 +43,7 @@ from lowsearch.study.gate import (
     what_failed,
 )
 from lowsearch.study.held_out import Band
-from lowsearch.study.parts import Parts
+from lowsearch.study.parts import Parts, ProxyAccuracy
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
 from lowsearch.study.trust import BETWEEN_SEEDS, PREDICTOR, Ranking, Trust, ceiling_of, trust, verdict_of
@@ -53,6 +55,9 @@ SPACE = fakes.SPACE
 
 class Liar:
     """A predictor whose forecasts have nothing to do with the networks; each `seed` has its own luck with a few of them."""
+
+    unit: Unit = "top1"
+    source = "estimated"
 
     def __init__(self, seed: int = 7) -> None:
         self.seed = seed
@@ -247,6 +252,26 @@ def test_a_band_that_cannot_be_is_refused(study: Path) -> None:
         examine(study, band=Band.around(1.2e-5))
     with pytest.raises(UsageError, match="expected a positive latency"):
         Band.around(-1.0)
+
+
+def test_every_signal_states_unit_source_and_cost(study: Path) -> None:
+    found = {row["signal"]: row for row in examine(study, n_networks=6, n_seeds=2).rows()}
+    assert {name: (row["unit"], row["source"]) for name, row in found.items()} == {
+        PREDICTOR: ("top1", "estimated"), "params": ("rank", "proxy:params"), "MACs": ("rank", "proxy:macs"),
+        "NASWOT": ("rank", "proxy:NASWOT"), BETWEEN_SEEDS: ("top1", "trained"),
+    }  # fmt: skip
+    assert found["NASWOT"]["cpu_seconds"] == 0.5 and found[BETWEEN_SEEDS]["cpu_seconds"] == 10.0
+    latest = {r.arch_id: r for r in sorted(fakes.FakeRecords(study).read(), key=lambda r: r.rung)}
+    assert json.loads((study / "trust.json").read_text())["learned_cpu_seconds"] == sum(10 * r.rung for r in latest.values())
+
+
+def test_scores_of_a_model_carry_its_error_and_cost_where_it_has_one() -> None:
+    genomes = SPACE.sample(4, rng=np.random.default_rng(0))
+    clock = iter([1.0, 3.5, 0.0, 0.0])
+    liar = scores_of(Liar(), genomes, cpu_clock=lambda: next(clock))
+    assert liar.std is not None and (liar.std == 0.05).all() and (liar.unit, liar.source, liar.cpu_seconds) == ("top1", "estimated", 2.5)
+    proxy = scores_of(ProxyAccuracy(SPACE, "macs"), genomes, cpu_clock=lambda: next(clock))
+    assert proxy.std is None and (proxy.unit, proxy.source, proxy.cpu_seconds) == ("rank", "proxy:macs", 0.0)
 
 
 def test_a_study_that_trains_nothing_is_refused(tmp_path: Path) -> None:

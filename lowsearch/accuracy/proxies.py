@@ -10,6 +10,7 @@ Legend: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowsearch import cost
+from lowsearch.accuracy.scores import Scores
 from lowsearch.arch import Arch
 from lowsearch.data import Split
 
@@ -61,19 +63,36 @@ PROXIES: dict[str, Callable[..., float]] = {"NASWOT": naswot, "SynFlow": synflow
 
 
 def proxy_scores(
-    archs: Sequence[Arch], batch: Split, *, seed: int = 0, progress: Callable[[int, int, str], None] | None = None
-) -> dict[str, np.ndarray]:
-    """name -> (n,) of every proxy and every part of AZ-NAS; its aggregate compares the networks of this very call."""
+    archs: Sequence[Arch],
+    batch: Split,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+    cpu_clock: Callable[[], float] = time.process_time,
+) -> dict[str, Scores]:
+    """By name, every proxy and every part of AZ-NAS, which are computed together; its aggregate compares the networks of this very call."""
     rows: list[dict[str, float]] = []
     parts: list[AzNasParts] = []
+    spent_s = dict.fromkeys([*PROXIES, "AZ-NAS"], 0.0)
+
+    def timed(name: str, score: Callable[..., Any], arch: Arch) -> Any:
+        before = cpu_clock()
+        value = score(arch, batch, seed=seed)
+        spent_s[name] += cpu_clock() - before
+        return value
+
     for number, arch in enumerate(archs, start=1):
-        rows.append({name: score(arch, batch, seed=seed) for name, score in PROXIES.items()})
-        parts.append(az_nas_parts(arch, batch, seed=seed))
+        rows.append({name: timed(name, score, arch) for name, score in PROXIES.items()})
+        parts.append(timed("AZ-NAS", az_nas_parts, arch))
         if progress is not None:
             progress(number, len(archs), "proxies")
     found = {name: np.array([row[name] for row in rows]) for name in PROXIES}
     found["AZ-NAS"] = az_nas(parts)
-    return found | {f"AZ-NAS {name}": np.array([getattr(p, name) for p in parts]) for name in AzNasParts.__slots__}
+    found |= {f"AZ-NAS {name}": np.array([getattr(p, name) for p in parts]) for name in AzNasParts.__slots__}
+    return {
+        name: Scores(source=f"proxy:{name}", unit="rank", mean=values, cpu_seconds=spent_s[name if name in PROXIES else "AZ-NAS"])
+        for name, values in found.items()
+    }
 
 
 # The equations, on any network ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ in `top1`; the published trend, an uncalibrated supernet and all proxies in `ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,11 +27,4 @@ class Scores:
     std: np.ndarray | None = None
     """(n,); None where the estimator knows no error of its own."""
     cpu_seconds: float = 0.0
-    """What these n cost, over all that is needed beside them; 0 where it is but arithmetic on the architecture."""
-
-    def take(self, which: Sequence[int] | np.ndarray) -> Scores:
-        """Of the networks `which` alone, at their share of the cost."""
-        mean = self.mean[which]
-        std = None if self.std is None else self.std[which]
-        cpu_seconds = self.cpu_seconds * len(mean) / max(len(self.mean), 1)
-        return Scores(source=self.source, unit=self.unit, mean=mean, std=std, cpu_seconds=cpu_seconds)
+    """What these n cost here, trainings that the estimator learned from apart; 0 where it is but arithmetic on the architecture."""

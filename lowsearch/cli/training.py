@@ -301,11 +301,13 @@ def proxies(
     rows = []
     for i, (name, network) in enumerate(zip(networks, archs, strict=True)):
         counted = costs.count(network)
-        rows.append({"network": name, "params": counted.params, "macs": counted.macs, **{k: float(v[i]) for k, v in scores.items()}})
+        rows.append({"network": name, "params": counted.params, "macs": counted.macs, **{k: float(v.mean[i]) for k, v in scores.items()}})
     if as_json:
-        print_json({"data": loaded.name, "images": len(batch), "seed": seed, "networks": rows})
+        print_json({"data": loaded.name, "images": len(batch), "seed": seed, "unit": "rank", "networks": rows})
     else:
-        print_rows(f"Proxies on {len(batch)} images of {loaded.name}: scores, not accuracies; AZ-NAS ranks these networks only", rows)
+        print_rows(
+            f"Proxies on {len(batch)} images of {loaded.name}: scores (rank), not accuracies; AZ-NAS ranks these networks only", rows
+        )
 
 
 def trust(
@@ -336,9 +338,10 @@ def trust(
             )
         rows = [
             {
-                "signal": row["signal"], "latency": row["band"] or "all", "networks": row["n_networks"],
+                "signal": row["signal"], "unit": row["unit"], "latency": row["band"] or "all", "networks": row["n_networks"],
                 "Spearman": rounded(row["spearman"]), "95 %": interval_text(row["low"], row["high"]),
                 "Kendall": rounded(row["kendall"]), "95 % ": interval_text(row["kendall_low"], row["kendall_high"]),
+                "CPU s a network": row["cpu_seconds"],
             }
             for row in found.rows()
         ]  # fmt: skip
@@ -348,7 +351,7 @@ def trust(
         typer.echo(f"verdict: {found.verdict}: {found.reason}")
         tell(
             f"{100 * found.coverage:.0f} % of the accuracies lie within the predictor's 90 % intervals; "
-            f"it learned from {found.n_records} networks of the study"
+            f"it learned from {found.n_records} networks of the study, {found.learned_cpu_seconds:.0f} CPU seconds of training"
         )
         tell(f"numbers: {folder / TRUST['range' if within is None else 'band']}; lowsearch report {folder.name} shows them")
     return 1 if found.verdict == "not trusted" else 0

@@ -5,6 +5,7 @@ The inner search of the sampler sees networks only through this.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lowsearch import cost, footprint
-from lowsearch.accuracy.scores import Unit
+from lowsearch.accuracy.scores import Scores, Unit
 from lowsearch.errors import UsageError
 from lowsearch.footprint import ACTIVATION_BYTES, MB, Precision
 from lowsearch.search.devices import Fleet, LatencyModel
@@ -51,6 +52,15 @@ class AccuracyModel(Protocol):
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, n_genes) -> mean (n,), standard deviation (n,), in `unit`. A proxy has no error of its own, and gives zeros."""
         ...
+
+
+def scores_of(model: AccuracyModel, genomes: np.ndarray, *, cpu_clock: Callable[[], float] = time.process_time) -> Scores:
+    """What `model` says of `genomes` (n, n_genes), by its exact form (`predict_exact`) where it has one."""
+    before = cpu_clock()
+    mean, std = map(np.asarray, getattr(model, "predict_exact", model.predict)(genomes))
+    return Scores(
+        source=model.source, unit=model.unit, mean=mean, std=std if std.any() else None, cpu_seconds=cpu_clock() - before
+    )  # fmt: skip
 
 
 AccuracySource = AccuracyModel | Callable[[], AccuracyModel | None]

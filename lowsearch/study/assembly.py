@@ -22,6 +22,7 @@ from lowsearch.accuracy.ladder import RECORDS, Ladder
 from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
+from lowsearch.accuracy.scores import Scores
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
 from lowsearch.errors import StudyError, UsageError
@@ -244,7 +245,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     def held_out_records(kept_in: HeldOutSet) -> Sequence[AccuracyRecord]:
         return tuple(AccuracyRecords(folder / HELD_OUT_FILES[kept_in]))
 
-    def proxies(archs: Sequence[Arch], progress: Progress | None) -> Mapping[str, np.ndarray]:
+    def proxies(archs: Sequence[Arch], progress: Progress | None) -> Mapping[str, Scores]:
         from lowsearch.accuracy.proxies import N_IMAGES, proxy_scores
 
         assert data is not None

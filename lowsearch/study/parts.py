@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from lowsearch.accuracy.scores import Unit
+from lowsearch.accuracy.scores import Scores, Unit
 from lowsearch.arch import Arch, Block
 from lowsearch.footprint import Precision
 from lowsearch.search.devices import Fleet
@@ -146,8 +146,8 @@ class Parts:
     """Opens a ladder of one rung, the whole schedule, with a seed: trainings that no predictor may learn from."""
     held_out_records: Callable[[HeldOutSet], Sequence[Record]] = lambda kept_in: ()
     """What `held_out` has trained so far for a set, in the order it was trained."""
-    proxies: Callable[[Sequence[Arch], Progress | None], Mapping[str, np.ndarray]] | None = None
-    """Training-free scores of networks on a batch of the study's images, (n,) by name."""
+    proxies: Callable[[Sequence[Arch], Progress | None], Mapping[str, Scores]] | None = None
+    """Training-free scores of networks on a batch of the study's images, by name."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What study.yaml states beside the settings: the device's name, versions, hashes, sizes."""
 

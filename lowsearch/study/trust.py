@@ -18,19 +18,21 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, lead
+from lowsearch.accuracy.scores import Scores, Unit
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
+from lowsearch.search.estimates import scores_of
 from lowsearch.study import held_out
 from lowsearch.study.assembly import build_parts
 from lowsearch.study.held_out import Band
-from lowsearch.study.parts import HeldOutSet, Parts, Progress
+from lowsearch.study.parts import HeldOutSet, Parts, Progress, ProxyAccuracy, Record
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.workers.worker import Plan
 
 Verdict = Literal["trusted", "weak", "not trusted"]
 TRUST: dict[HeldOutSet, str] = {"range": "trust.json", "band": "trust-band.json"}
 PREDICTOR = "accuracy predictor"
-PLAIN = ("params", "MACs")
+PLAIN: dict[str, Literal["params", "macs"]] = {"params": "params", "MACs": "macs"}
 """What a ranking costs nothing by."""
 BETWEEN_SEEDS = "one seed for another"
 TRUSTED_ABOVE = 0.2
@@ -49,6 +51,10 @@ class Ranking:
     band: str
     """Latency band that the networks are from; empty for all of them."""
     agreement: Agreement
+    source: str = ""
+    unit: Unit = "rank"
+    cpu_seconds: float = dataclasses.field(default=0.0, compare=False)
+    """What scoring one network costs, the study's trainings apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,8 @@ class Trust:
     n_seeds: int
     n_records: int
     """Networks of the study that the predictor learned from."""
+    learned_cpu_seconds: float
+    """What their trainings cost."""
     coverage: float
     """Share of the trained accuracies within the predictor's 90 % intervals."""
     ceiling: float | None
@@ -75,7 +83,11 @@ class Trust:
 
     def rows(self) -> list[dict[str, Any]]:
         """The signals as flat rows."""
-        return [{"signal": s.name, "band": s.band, **dataclasses.asdict(s.agreement)} for s in self.signals]
+        return [
+            {"signal": s.name, "band": s.band, "source": s.source, "unit": s.unit, "cpu_seconds": s.cpu_seconds}
+            | dataclasses.asdict(s.agreement)
+            for s in self.signals
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in trust.json."""
@@ -134,23 +146,25 @@ def _examined(
         raise StudyError(f"study {folder.name!r} has no trainings yet", hint=f"lowsearch run --study {folder.name}")
 
     genomes = np.stack([made.space.encode(arch) for arch in archs])
-    mean, std = map(np.asarray, getattr(scorer, "predict_exact", scorer.predict)(genomes))
     accuracy = np.array([np.mean([r.val_accuracy for r in by_arch[arch.arch_id]]) for arch in archs])
     known = made.estimator.estimate(genomes).mean
-    scores = {PREDICTOR: mean, "params": known["params"], "MACs": known["macs"], **made.proxies(archs, progress)}
-    signals = [Ranking(name=name, band="", agreement=agreement(values, accuracy)) for name, values in scores.items()]
+    predicted = scores_of(scorer, genomes)
+    plain = {name: scores_of(ProxyAccuracy(made.space, metric), genomes) for name, metric in PLAIN.items()}
+    scores = {PREDICTOR: predicted, **plain, **made.proxies(archs, progress)}
+    signals = [_ranking(name, values, accuracy) for name, values in scores.items()]
     ceiling = None
     if n_seeds > 1:
-        first, second = (np.array([by_arch[arch.arch_id][k].val_accuracy for arch in archs]) for k in (0, 1))
-        between = agreement(first, second)
-        signals.append(Ranking(name=BETWEEN_SEEDS, band="", agreement=between))
-        ceiling = ceiling_of(between.spearman, n_seeds)
+        first, second = (trained_scores([by_arch[arch.arch_id][k] for arch in archs]) for k in (0, 1))
+        signals.append(_ranking(BETWEEN_SEEDS, first, second.mean))
+        ceiling = ceiling_of(signals[-1].agreement.spearman, n_seeds)
     signals += [] if band else _in_bands({name: scores[name] for name in (PREDICTOR, *PLAIN)}, accuracy, known["latency_ms"])
-    leads = {name: lead(mean, scores[name], accuracy) for name in PLAIN}
+    leads = {name: lead(predicted.mean, scores[name].mean, accuracy) for name in PLAIN}
+    mean, std = predicted.mean, np.zeros(len(archs)) if predicted.std is None else predicted.std
+    spent_s = {r.arch_id: r.cpu_seconds for r in sorted(records, key=lambda r: r.rung)}
     decided, reason = verdict_of(signals, leads, ceiling=ceiling)
     result = Trust(
         verdict=decided, reason=reason, n_networks=len(archs), n_seeds=min(len(found) for found in by_arch.values()),
-        n_records=len({r.arch_id for r in records}), coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
+        n_records=len(spent_s), learned_cpu_seconds=sum(spent_s.values()), coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
         ceiling=ceiling, leads=leads, signals=tuple(signals),
         networks=tuple(
             {"arch_id": arch.arch_id, "latency_ms": float(known["latency_ms"][i]), "predicted_accuracy": float(mean[i]),
@@ -161,6 +175,21 @@ def _examined(
     )  # fmt: skip
     write_atomically(folder / TRUST[kept_in], json.dumps(result.to_dict(), indent=1) + "\n")
     return result
+
+
+def trained_scores(records: Sequence[Record]) -> Scores:
+    """What trainings say, as an estimator of what another seed would say."""
+    return Scores(
+        source="trained", unit="top1", mean=np.array([r.val_accuracy for r in records]), cpu_seconds=sum(r.cpu_seconds for r in records)
+    )  # fmt: skip
+
+
+def _ranking(name: str, scores: Scores, accuracy: np.ndarray) -> Ranking:
+    n = max(len(accuracy), 1)
+    return Ranking(
+        name=name, band="", agreement=agreement(scores.mean, accuracy), source=scores.source, unit=scores.unit,
+        cpu_seconds=scores.cpu_seconds / n,
+    )  # fmt: skip
 
 
 def ceiling_of(between_seeds: float | None, n_seeds: int) -> float | None:
@@ -215,12 +244,14 @@ def _beside(signals: Sequence[Ranking], ceiling: float | None) -> str:
     return bands + ("" if ceiling is None else f"; ceiling {ceiling:.2f}")
 
 
-def _in_bands(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Ranking]:
+def _in_bands(scores: Mapping[str, Scores], accuracy: np.ndarray, latency_ms: np.ndarray) -> list[Ranking]:
     """The same within equal shares of latency, where there are networks enough: a front is decided among networks of like latency."""
     if len(accuracy) < N_BANDS * MIN_IN_BAND:
         return []
     found = []
     for band in np.array_split(np.argsort(latency_ms, kind="stable"), N_BANDS):
         name = f"{latency_ms[band].min():.3g} to {latency_ms[band].max():.3g} ms"
-        found += [Ranking(name=s, band=name, agreement=agreement(values[band], accuracy[band])) for s, values in scores.items()]
+        for signal, values in scores.items():
+            share = dataclasses.replace(values, mean=values.mean[band], cpu_seconds=values.cpu_seconds * len(band) / len(accuracy))
+            found.append(dataclasses.replace(_ranking(signal, share, accuracy[band]), band=name))
     return found
