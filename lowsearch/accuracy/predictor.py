@@ -1,11 +1,11 @@
 """What a network would score on the full schedule, with an interval, before or while it is trained.
 
 Three sources, each with its own uncertainty: a fully trained network scored what it scored, give or take the seed; a partly trained one is
-extrapolated from its curve, as those that went further did; an untrained one is a regression on the architecture (log MACs, log params,
-the space's features) over all of them. `predict` is the linear part of that regression, for populations inside the search; `predict_exact`
-adds what is not linear, for a shortlist. `predict_record` and `posterior` join a network's own training with what the regression, left
-without it, expects of it: the best of many trainings are the lucky ones, and another seed would not repeat their luck. Intervals are
-rescaled by how far leave-one-out predictions were off.
+extrapolated from its last accuracy, as those that went further did; an untrained one is a regression on the architecture (log MACs, log
+params, the space's features) over all of them. `predict` is the linear part of that regression, for populations inside the search;
+`predict_exact` adds what is not linear, for a shortlist. `predict_record` and `posterior` join a network's own training with what the
+regression, left without it, expects of it: the best of many trainings are the lucky ones, and another seed would not repeat their luck.
+Intervals are rescaled by how far leave-one-out predictions were off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PRIOR_ACCURACY = 0.6
 PRIOR_GAIN = 0.015
 """Accuracy expected of one standard deviation more log MACs, before any network is trained."""
 SEED_STD = 0.007
-"""Spread of one network's accuracy over seeds, as expected before two seeds of one network are on record."""
+"""Spread of one network's accuracy over seeds, as expected before two seeds of one network are on record; a study trains with one."""
 COVERAGE = 0.9
 """What the intervals are calibrated to: mean ± 1.645 std should hold this share."""
 LOG_LOSS_SLOPE = 0.8

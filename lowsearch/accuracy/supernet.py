@@ -1,7 +1,7 @@
 """How networks score with weights inherited from a supernet, and what that says about their accuracy after a training of their own.
 
-An inherited score ranks (`unit` is `rank`): minus the loss on the validation images, which tells more than the accuracy while all
-accuracies are still low, and neither is what a training would give. Calibrated on a few trained networks it becomes an estimate of
+An inherited score ranks (`unit` is `rank`): minus the loss on the validation images, which still tells networks apart where all
+accuracies are close to guessing, and neither is what a training would give. Calibrated on a few trained networks it becomes an estimate of
 theirs (`top1`): a Gaussian process, linear in the inherited accuracy and loss and in log MACs and log params, whose interval is rescaled
 by its leave-one-out errors. Scores are kept beside the supernet.
 """

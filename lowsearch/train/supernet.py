@@ -60,7 +60,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def supernet_recipe() -> Recipe:
-    """What of a Recipe a supernet is trained by; its number of steps is the plan's, so `epochs` says nothing."""
+    """What a supernet is trained by: of a Recipe the fields that `SupernetPlan.recipe` names."""
     return Recipe(name="supernet", epochs=1, batch_size=64, learning_rate=2e-3)
 
 
@@ -81,6 +81,9 @@ class SupernetPlan:
     processes: int = 1
     """That share every batch: BatchNorm sees the images of one."""
     recipe: Recipe = dataclasses.field(default_factory=supernet_recipe)
+    """Of it count `train_images`, `batch_size`, `learning_rate`, `warmup_fraction`, `weight_decay`, `beta2`, `grad_clip`,
+    `label_smoothing`, `flip` and `shift`. Whatever else it says (mixup, crops, an average of weights, a teacher, ...) has no effect;
+    `steps` stands for `epochs`."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.n_random < 0 or self.processes < 1:
