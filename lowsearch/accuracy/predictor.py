@@ -1,7 +1,7 @@
 """What a network would score on the full schedule, with an interval, before or while it is trained.
 
 Three sources, each with its own uncertainty: a fully trained network scored what it scored, give or take the seed; a partly trained one is
-extrapolated from its last accuracy, as those that went further did; an untrained one is a regression on the architecture (log MACs, log
+extrapolated from its last validation, as those that went further did; an untrained one is a regression on the architecture (log MACs, log
 params, the space's features) over all of them. `predict` is the linear part of that regression, for populations inside the search;
 `predict_exact` adds what is not linear, for a shortlist. `predict_record` and `posterior` join a network's own training with what the
 regression, left without it, expects of it: the best of many trainings are the lucky ones, and another seed would not repeat their luck.
