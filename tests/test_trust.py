@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import study_fakes as fakes
 import yaml
 from filelock import FileLock
 
+from lowsearch import cli
 from lowsearch.accuracy.agreement import Agreement, Lead, agreement, spearman
 from lowsearch.accuracy.scores import Unit
 from lowsearch.cli.found import print_front
@@ -263,6 +265,20 @@ def test_every_signal_states_unit_source_and_cost(study: Path) -> None:
     assert found["NASWOT"]["cpu_seconds"] == 0.5 and found[BETWEEN_SEEDS]["cpu_seconds"] == 10.0
     latest = {r.arch_id: r for r in sorted(fakes.FakeRecords(study).read(), key=lambda r: r.rung)}
     assert json.loads((study / "trust.json").read_text())["learned_cpu_seconds"] == sum(10 * r.rung for r in latest.values())
+
+
+def test_the_command_prints_the_ceiling_first_and_every_signal_s_unit_and_cost(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lowsearch.study.trust.trust", partial(trust, parts=make_parts))
+    assert cli.invoke(["trust", str(study), "--networks", "6", "--seeds", "2"]) in (0, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ceiling: one seed ranks these networks as another with Spearman") and lines[-1].startswith("verdict: ")
+    assert "unit" in lines[2] and "CPU s a network" in lines[2]
+    assert [line.split()[:2] for line in lines if line.startswith((" NASWOT", " MACs"))] == [["MACs", "rank"], ["NASWOT", "rank"]]
+    assert cli.invoke(["trust", str(study), "--networks", "5", "--band-at", "0.3"]) in (0, 1)
+    assert "held-out networks of 0.255 to 0.345 ms, trained with 1 seed each" in capsys.readouterr().out
+    assert cli.invoke(["trust", str(study), "--band"]) == 2 and "--band-at MS" in capsys.readouterr().err
 
 
 def test_scores_of_a_model_carry_its_error_and_cost_where_it_has_one() -> None:
