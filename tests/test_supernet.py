@@ -271,6 +271,52 @@ def test_two_processes_train_what_the_sum_of_their_gradients_says(images: ImageD
     assert_same(load_supernet(folder).weights, {key: weight for key, weight in pair[0].supernet.weights.items()})
 
 
+OWN_FOLDERS = """
+import contextlib, os, pathlib, sys
+import torch
+from lowsearch import cli
+from lowsearch.train import distributed, supernet
+torch.set_num_threads(1)
+with distributed.launched_ranks("cpu") as ranks:
+    os.chdir(pathlib.Path(sys.argv[1]) / str(ranks.rank))
+    distributed.launched_ranks = lambda device: contextlib.nullcontext(ranks)
+    save, steps = supernet._Training.train_step, []
+    supernet._Training.train_step = lambda training: (steps.append(training.step), save(training))
+    for _ in range(2):  # The second time it is finished.
+        assert cli.invoke(["supernet", "train", "--name", "n", "--json"]) == 0
+    finished = supernet.load_supernet(pathlib.Path("supernets/n"), ranks=ranks)
+    torch.save({"steps": steps, "weights": {k: w.detach() for k, w in finished.weights.items()}}, "found.pt")
+"""
+
+
+def test_processes_without_a_shared_folder_go_by_what_the_first_one_has(images: ImageData, tmp_path: Path) -> None:
+    whole = load_data("fashion-mnist-mini")
+    plan = plan_of(whole, steps=5, processes=2)
+    own, other = (tmp_path / str(rank) / "supernets" / "n" for rank in (0, 1))
+    (tmp_path / "script.py").write_text(OWN_FOLDERS)
+    for folder, stored in ((own, plan), (other, plan_of(images, steps=9))):
+        folder.mkdir(parents=True)
+        (folder / PLAN).write_text(json.dumps(stored.to_dict()))
+    begun = _Training(plan, whole, own, device="cpu", ranks=Ranks())
+    for _ in range(2):
+        begun.train_step()
+        begun.step += 1
+    begun._save()
+    (other / WEIGHTS).write_bytes(b"of another supernet")
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LOWSEARCH_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / str(rank) / "found.pt", weights_only=True) for rank in (0, 1))
+    assert first["steps"] == second["steps"] == [2, 3, 4]
+    assert_same(first["weights"], second["weights"])
+    assert_same(first["weights"], load_supernet(own).weights)
+    assert (other / WEIGHTS).read_bytes() == b"of another supernet"
+
+
 def test_a_finished_supernet_is_read(images: ImageData, learned: Path) -> None:
     plan = read_plan(learned)
     assert plan is not None
@@ -494,11 +540,18 @@ def test_the_verbs_train_resume_and_score(tmp_path: Path, monkeypatch: pytest.Mo
     assert cli.invoke([*warm, "--from-supernet", "n", "--out", cold["folder"]]) == 2
     assert "holds a training with init None" in capsys.readouterr().err
 
+    macs = sorted((cost.count(Arch.from_json(path.read_text())).macs, path.name) for path in paths)
+    limit = f"{(macs[2][0] + macs[3][0]) / 2}"
+    assert cli.invoke(["supernet", "train", "--name", "s", "--json", "--space", "tiny.yaml", "--steps", "1", "--max-macs", limit]) == 0
+    assert cli.invoke(["train", macs[2][1], *warm[2:], "--from-supernet", "s"]) == 0
+    capsys.readouterr()
+
     for arguments, what in (
+        (["train", macs[3][1], *warm[2:], "--from-supernet", "s"], "'s' was trained up to"),
         (["train", "0.json", "--from-supernet", "n", "--init", "pretrained"], "not from both"),
         (["train", "lowformer_b0", "--from-supernet", "n"], "space 'tiny' offers"),
         (["supernet", "score", "n"], "no network was named"),
-        (["supernet", "score", "other", "--arch", "x.json"], "no supernet 'other'; hint: known: n"),
+        (["supernet", "score", "other", "--arch", "x.json"], "no supernet 'other'; hint: known: n, s"),
         (["supernet", "score", "n", "--arch", "0.json", "--calibrate", "missing.jsonl"], "there is no missing.jsonl"),
         (["supernet", "train", "--name", "n", "--steps", "3"], "made with another steps"),
         (["supernet", "train", "--name", "../n"], "no folder name"),

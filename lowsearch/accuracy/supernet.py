@@ -26,7 +26,7 @@ from lowsearch.accuracy.scores import Unit
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import DataError, LowsearchError, StudyError, UsageError
-from lowsearch.train.supernet import inherit, load_supernet, read_plan, validate
+from lowsearch.train.supernet import inherit, load_supernet, read_plan, require_trained, validate
 
 SCORES = "scores.jsonl"
 MIN_TRAINED = 5
@@ -95,14 +95,9 @@ class SupernetEstimator:
 
         Raises NotInSpaceError, or StudyError for a network larger than any that was trained.
         """
-        limit = self.plan.max_macs
         for arch in archs:
             self.space.encode(arch)
-            if limit is not None and cost.count(arch).macs > limit:
-                raise StudyError(
-                    f"network {arch.arch_id} has {cost.count(arch).macs:.4g} MACs, {self.folder.name!r} was trained up to {limit:.4g}",
-                    hint="train one without --max-macs, under another --name",
-                )
+            require_trained(self.plan, arch, self.folder.name)
         scores = []
         for number, arch in enumerate(archs, start=1):
             if arch.arch_id not in self._known:

@@ -109,9 +109,11 @@ def train(
 
 def _from_supernet(network: Any, name: str, images: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """The weights that `network` inherits from a supernet, statistics included, and where they are from."""
-    from lowsearch.train.supernet import inherit, load_supernet
+    from lowsearch.train.supernet import inherit, load_supernet, require_trained
 
     folder, plan = supernet_named(name)
+    plan.search_space().encode(network)
+    require_trained(plan, network, folder.name)
     model = inherit(load_supernet(folder), network, images)
     return model.state_dict(), {"source": f"supernet-{folder.name}", "supernet_hash": plan.supernet_hash, "share": 1.0}
 
@@ -176,14 +178,14 @@ def train_supernet(
     seconds = parse_budget(budget)
     require_trainable(device)
     folder = locations.new("supernets") / checked_study_name(name or f"{Path(space).stem}-{Path(data.replace(':', '/')).stem}")
-    stored = read_plan(folder)
-    if stored is not None and not was_typed(context, "data"):
-        data = stored.data
-    images = load_data(data)
     with launched_ranks(device) as ranks:
+        stored = ranks.agreed(read_plan(folder) if ranks.rank == 0 else None)
+        if stored is not None and not was_typed(context, "data"):
+            data = stored.data
+        images = load_data(data)
         asked: dict[str, Any] = {"max_macs": max_macs, "seed": seed, "steps": steps or 1}
         if stored is None or was_typed(context, "space"):
-            asked["space"] = SearchSpace.load(space).text
+            asked["space"] = ranks.agreed(SearchSpace.load(space).text if ranks.rank == 0 else None)
         asked |= {"data": images.name, "data_hash": images.data_hash, "num_classes": len(images.classes), "processes": ranks.size}
         if stored is None:
             plan = SupernetPlan(**asked)

@@ -138,15 +138,14 @@ def train_supernet(
     ranks = ranks or Ranks()
     if plan.data_hash != data.data_hash:
         raise DataError(f"the supernet was made for other images than {data.name} holds now", hint="give another --name")
-    stored = read_plan(folder)
+    stored = ranks.agreed(read_plan(folder) if ranks.rank == 0 else None)
     if stored is not None and stored != plan:
         field = next(f.name for f in dataclasses.fields(plan) if getattr(stored, f.name) != getattr(plan, f.name))
         raise StudyError(f"supernet {folder.name!r} was made with another {field}", hint="give another --name")
-    ranks.wait()
     if ranks.rank == 0:
         write_atomically(folder / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
-    if (folder / WEIGHTS).exists():
-        return load_supernet(folder, device=device)
+    if ranks.agreed((folder / WEIGHTS).exists()):
+        return load_supernet(folder, device=device, ranks=ranks)
     if device == "cpu":
         keep_freed_memory()
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
@@ -155,10 +154,18 @@ def train_supernet(
     return training.supernet
 
 
-def load_supernet(folder: Path, *, device: str = "cpu") -> Supernet:
-    """The finished supernet in `folder`. Raises StudyError where there is none."""
+def load_supernet(folder: Path, *, device: str = "cpu", ranks: Ranks | None = None) -> Supernet:
+    """The finished supernet in `folder`, which the first of `ranks` reads. Raises StudyError where there is none."""
     from lowsearch.model.elastic import Supernet
 
+    ranks = ranks or Ranks()
+    plan, weights = ranks.agreed(_finished(folder) if ranks.rank == 0 else None)
+    supernet = Supernet(plan.search_space(), device=device)
+    supernet.load(weights)
+    return supernet
+
+
+def _finished(folder: Path) -> tuple[SupernetPlan, dict[str, Tensor]]:
     plan = read_plan(folder)
     if plan is None or not (folder / WEIGHTS).exists():
         what = "no supernet" if plan is None else "a supernet whose training is not finished"
@@ -166,9 +173,17 @@ def load_supernet(folder: Path, *, device: str = "cpu") -> Supernet:
     weights, note = load_tensors(folder / WEIGHTS)
     if note.get("supernet_hash") != plan.supernet_hash:
         raise StudyError(f"{folder / WEIGHTS} is not of the plan beside it", hint="remove it to train the supernet again")
-    supernet = Supernet(plan.search_space(), device=device)
-    supernet.load(weights)
-    return supernet
+    return plan, weights
+
+
+def require_trained(plan: SupernetPlan, arch: Arch, name: str) -> None:
+    """Raise StudyError where `arch` is larger than any network that the supernet called `name` was trained for."""
+    macs = cost.count(arch).macs
+    if plan.max_macs is not None and macs > plan.max_macs:
+        raise StudyError(
+            f"network {arch.arch_id} has {macs:.4g} MACs, {name!r} was trained up to {plan.max_macs:.4g}",
+            hint="train one without --max-macs, under another --name",
+        )
 
 
 def steps_within(
@@ -301,7 +316,6 @@ class _Training:
         self.step = 0
         if folder is not None:
             self._resume(folder / CHECKPOINT)
-        ranks.wait()  # Nobody writes the next checkpoint while others still read this one.
 
     def run(self, progress: Progress | None) -> None:
         """To the end of the schedule, and write the weights."""
@@ -382,7 +396,7 @@ class _Training:
     def _resume(self, path: Path) -> None:
         import torch
 
-        loaded = load_checkpoint(path, {"supernet_hash": self.plan.supernet_hash})
+        loaded = self.ranks.agreed(load_checkpoint(path, {"supernet_hash": self.plan.supernet_hash}) if self.ranks.rank == 0 else None)
         if loaded is None:
             return
         tensors, note = loaded
