@@ -39,7 +39,7 @@ def of_lowest_rung() -> tuple[SearchSpace, list[AccuracyRecord]]:
     result = json.loads((HERE / "results" / "lowest_rung.json").read_text())
     full = [AccuracyRecord.from_dict(values) for values in result["records"]]
     found = []
-    for record in (r for r in full if r.seed == 0):
+    for record in (r for r in full if r.seed == 0 and r.rung == 1):
         half = tuple(p for p in record.curve if p.fraction < 0.505)
         found += [dataclasses.replace(record, rung=0.5, curve=half), record]
     return SearchSpace.load(result["space"]).with_num_classes(full[0].arch.num_classes), found

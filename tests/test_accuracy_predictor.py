@@ -18,7 +18,7 @@ from lowsearch.accuracy.predictor import LOG_LOSS_SLOPE, AccuracyPredictor, Curv
 from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.errors import UsageError
 from lowsearch.space import SearchSpace
-from lowsearch.train import CurvePoint
+from lowsearch.train import CurvePoint, Rung
 
 SPACE = SearchSpace.load("lowformer-micro")
 FRACTIONS = (0.25, 0.5, 1.0)
@@ -330,6 +330,43 @@ def test_a_loss_that_is_no_number_is_left_out(loss: float) -> None:
     model = CurveModel(World(3).train(SPACE.sample(10, rng=np.random.default_rng(0))))
     usual = 2.5 * 0.5**0.8
     assert model.extrapolate(at(0.5, 0.5, loss)) == pytest.approx(model.extrapolate(at(0.5, 0.5, usual)), abs=0.02)
+
+
+def at_rung(of: AccuracyRecord, rung: str, accuracy: float) -> AccuracyRecord:
+    point = CurvePoint(fraction=float(Rung.of(rung)), step=9, train_loss=1.0, val_accuracy=accuracy, val_loss=1.0, cpu_seconds=1.0)
+    return replace(of, rung=Rung.of(rung), curve=(point,))
+
+
+def test_rungs_apart_are_extrapolated_by_their_own_pairs_alone() -> None:
+    """Errors of `1@0.5px` are three times the final ones, of `1@0.25img` the root of them; those at 25 % of the schedule something else."""
+    world = World(3)
+    full = world.train(SPACE.sample(60, rng=world.rng))
+    halves = [at_rung(r, "1@0.5px", 1 - 3 * (1 - r.val_accuracy)) for r in full[:40]]
+    few = [at_rung(r, "1@0.25img", 1 - (1 - r.val_accuracy) ** 0.5) for r in full[:40]]
+    lonely = [at_rung(r, "1@0.5px", 0.99) for r in world.train(SPACE.sample(30, rng=world.rng), seed=1)]
+    model, plain = CurveModel([*halves, *few, *lonely, *full[:40]]), CurveModel(full[:40])
+    for r in full[40:]:
+        for accuracy, rung in ((1 - 3 * (1 - r.val_accuracy), "1@0.5px"), (1 - (1 - r.val_accuracy) ** 0.5, "1@0.25img")):
+            mean, var = model.extrapolate(at(float(Rung.of(rung)), accuracy), apart=Rung.of(rung))
+            assert mean == pytest.approx(r.val_accuracy, abs=0.01) and var < 0.02**2
+        assert model.extrapolate(r.curve[0]) == plain.extrapolate(r.curve[0])
+    (_, unknown), (_, fraction) = (CurveModel(()).extrapolate(at(0.25, 0.7), apart=rung) for rung in (Rung.of("1@0.5px"), None))
+    assert unknown > fraction
+
+
+def test_a_network_counts_by_its_longest_training_and_not_by_rungs_apart() -> None:
+    world = World(0)
+    full = world.train(SPACE.sample(20, rng=world.rng))
+    halves = [at_rung(r, "1@0.5px", 1 - 3 * (1 - r.val_accuracy)) for r in full]
+    alone, both = AccuracyPredictor(SPACE).fit(full), AccuracyPredictor(SPACE).fit([*halves, *full])
+    genomes = SPACE.sample(50, rng=world.rng)
+    assert np.array_equal(alone.predict(genomes), both.predict(genomes)) and alone.seed_std == both.seed_std
+    assert both.predict_record(full[0]) == alone.predict_record(full[0])
+    cheap = AccuracyPredictor(SPACE).fit([*halves, *full[1:]])
+    mean, std = cheap.predict_record(halves[0])
+    assert abs(mean - full[0].val_accuracy) < 0.02 and std > both.predict_record(full[0])[1]
+    diverged = replace(halves[1], diverged=True)
+    assert np.array_equal(AccuracyPredictor(SPACE).fit([*full, diverged]).predict(genomes), alone.predict(genomes))
 
 
 def test_known_network_is_judged_without_counting_its_curve_twice() -> None:

@@ -1,13 +1,14 @@
 """The ladder: networks trained to a rung of the full schedule, and further from there when they deserve it.
 
-A rung is a fraction of one schedule, so climbing costs only the difference, and a network that climbed to the top is the network that
-was trained at once, bit for bit. Every rung reached is a record; a rung on record is never trained again.
+A plain rung is a fraction of one schedule, so climbing costs only the difference, and a network that climbed to the top is the network
+that was trained at once, bit for bit. A rung apart, on fewer images or at a lower resolution, is a training of its own (`train.rung`).
+Every rung reached is a record; a rung on record is never trained again.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import UsageError
-from lowsearch.train import Order, Recipe, train
+from lowsearch.train import Order, Recipe, Rung, rungs_of, train
 from lowsearch.train.order import replace_bytes, scratch
 
 RECORDS = "records.jsonl"
@@ -36,15 +37,14 @@ class Ladder:
         recipe: Recipe,
         *,
         folder: Path,
-        rungs: tuple[float, ...] = RUNGS,
+        rungs: Sequence[float] = RUNGS,
         seed: int = 0,
         records: str = RECORDS,
         device: str = "cpu",
     ) -> None:
         """`records`: name of the file in `folder` that every rung reached is written to. `device`: `cpu` or `cuda`, where it trains."""
-        if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] <= 0 or rungs[-1] != 1.0:
-            raise UsageError(f"rungs are {rungs!r}, expected rising fractions that end at 1.0")
-        self.data, self.recipe, self.rungs, self.seed, self.folder, self.device = data, recipe, tuple(rungs), seed, folder, device
+        self.data, self.recipe, self.rungs, self.seed, self.folder, self.device = data, recipe, rungs_of(rungs), seed, folder, device
+        require_images(self.rungs, data, recipe)
         self.records = AccuracyRecords(folder / records)
 
     def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> AccuracyRecord:
@@ -54,16 +54,18 @@ class Ladder:
         """
         if rung not in self.rungs:
             raise UsageError(f"rung is {rung!r}, expected one of {self.rungs}")
+        rung = Rung.of(rung)
         if (known := self.record(arch, rung)) is not None:
             return known
-        checkpoint = self.checkpoint(arch)
+        checkpoint = self.checkpoint(arch, rung)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(checkpoint) + ".lock"):
             self.records.refresh()
             if (known := self.record(arch, rung)) is not None:
                 return known
+            how: dict[str, Any] = {"rung": rung} if rung.apart else {"until": float(rung)}
             result = train(
-                arch, self.data, self.recipe, seed=self.seed, until=rung, checkpoint=checkpoint, progress=progress, device=self.device
+                arch, self.data, self.recipe, seed=self.seed, checkpoint=checkpoint, progress=progress, device=self.device, **how
             )
             # A checkpoint may be further than its records, after a crash or by another ladder: the curve up to the rung is what counts.
             curve = tuple(point for point in result.curve if point.fraction <= _reached(rung, result.curve))
@@ -72,11 +74,13 @@ class Ladder:
                 data_hash=self.data.data_hash, seed=self.seed, rung=rung, curve=curve, diverged=result.diverged, versions=_versions(),
             )  # fmt: skip
             self.records.append(record)
+        if rung.apart:
+            _remove(checkpoint)
         return record
 
     def order(self, arch: Arch, rung: float) -> Order:
         """`run` for another machine: the images and the checkpoint go along, the record and the next checkpoint come back."""
-        checkpoint = self.checkpoint(arch)
+        checkpoint = self.checkpoint(arch, rung)
         return Order(
             name=checkpoint.stem, function=climb, shared=self.data,
             values={
@@ -102,15 +106,15 @@ class Ladder:
         """Highest rung on record for `arch`, 0.0 before the first."""
         return max((rung for rung in self.rungs if self.record(arch, rung) is not None), default=0.0)
 
-    def checkpoint(self, arch: Arch) -> Path:
-        """Where the training of `arch` stands."""
-        return self.folder / "checkpoints" / f"{arch.arch_id}-{self.recipe.recipe_hash}-s{self.seed}.safetensors"
+    def checkpoint(self, arch: Arch, rung: float = 1.0) -> Path:
+        """Where the training of `arch` stands that leads to `rung`; one for all plain rungs."""
+        apart = f"-{rung}" if Rung.of(rung).apart else ""
+        return self.folder / "checkpoints" / f"{arch.arch_id}-{self.recipe.recipe_hash}-s{self.seed}{apart}.safetensors"
 
     def discard(self, arch: Arch) -> None:
         """Remove the checkpoint of `arch`, which will not climb further. Its records stay; asked again, it trains from the start."""
-        checkpoint = self.checkpoint(arch)
-        checkpoint.unlink(missing_ok=True)
-        Path(str(checkpoint) + ".lock").unlink(missing_ok=True)
+        for rung in self.rungs:
+            _remove(self.checkpoint(arch, rung))
 
 
 def climb(
@@ -119,7 +123,7 @@ def climb(
     arch: Arch,
     rung: float,
     recipe: Recipe,
-    rungs: tuple[float, ...],
+    rungs: Sequence[float],
     seed: int,
     device: str,
     checkpoint: bytes | None,
@@ -127,11 +131,22 @@ def climb(
     """`Ladder.run` on a machine that shares no folder: the record's values, and below the top the checkpoint it left."""
     with scratch(f"{arch.arch_id}-{recipe.recipe_hash}-{data.data_hash}-s{seed}-{device}") as folder:
         ladder = Ladder(data, recipe, folder=folder, rungs=rungs, seed=seed, device=device)
-        path = ladder.checkpoint(arch)
+        path = ladder.checkpoint(arch, rung)
         if checkpoint is not None and not path.exists():
             replace_bytes(path, checkpoint)
         record = ladder.run(arch, rung)
-        return record.to_dict(), path.read_bytes() if rung < 1 else None
+        return record.to_dict(), path.read_bytes() if rung < 1 and path.exists() else None
+
+
+def require_images(rungs: Sequence[Rung], data: ImageData, recipe: Recipe) -> None:
+    """Raise UsageError where a rung has too few images of `data`."""
+    for rung in rungs:
+        rung.n_images(recipe.n_images(len(data.train)), len(data.classes))
+
+
+def _remove(checkpoint: Path) -> None:
+    checkpoint.unlink(missing_ok=True)
+    Path(str(checkpoint) + ".lock").unlink(missing_ok=True)
 
 
 def _reached(rung: float, curve: tuple) -> float:

@@ -23,7 +23,7 @@ from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.accuracy.scores import Unit
 from lowsearch.errors import UsageError
 from lowsearch.space import SearchSpace
-from lowsearch.train import CurvePoint
+from lowsearch.train import CurvePoint, Rung
 
 PRIOR_ACCURACY = 0.6
 PRIOR_GAIN = 0.015
@@ -82,7 +82,7 @@ class AccuracyPredictor:
                 by_arch[record.arch_id].append(record)
         estimates = [self._estimate(group) for group in by_arch.values()]
         self._index = {arch_id: i for i, arch_id in enumerate(by_arch)}
-        self._diverged = np.array([any(r.diverged for r in group) for group in by_arch.values()], dtype=bool)
+        self._diverged = np.array([any(r.diverged for r in _furthest(group)) for group in by_arch.values()], dtype=bool)
         self._is_full = np.array([max(r.curve[-1].fraction for r in group) >= 1.0 for group in by_arch.values()], dtype=bool)
         self._observed = np.array([mean for mean, _ in estimates])
         self._noise_var = noise = np.array([var for _, var in estimates])
@@ -200,11 +200,11 @@ class AccuracyPredictor:
 
     def _estimate(self, group: Sequence[AccuracyRecord]) -> tuple[float, float]:
         """(mean, variance) of the full-schedule accuracy of one network, over seeds, from its furthest trainings, one a seed."""
-        furthest = max(r.curve[-1].fraction for r in group)
-        points = {r.seed: r.curve[-1] for r in group if r.curve[-1].fraction == furthest}
-        if furthest >= 1.0:
+        furthest = _furthest(group)
+        points = {r.seed: r.curve[-1] for r in furthest}
+        if furthest[0].curve[-1].fraction >= 1.0:
             return float(np.mean([point.val_accuracy for point in points.values()])), self._seed_var / len(points)
-        guesses = [self._curves.extrapolate(point) for point in points.values()]
+        guesses = [self._curves.extrapolate(point, apart=furthest[0].apart) for point in points.values()]
         return float(np.mean([m for m, _ in guesses])), float(np.mean([v for _, v in guesses])) + self._seed_var / len(points)
 
     def _robust(self) -> np.ndarray:
@@ -241,7 +241,8 @@ class AccuracyPredictor:
 
 
 class CurveModel:
-    """From the validation scores at a fraction of the schedule to the accuracy at its end, learned from the trainings that went on.
+    """From the validation scores at a fraction of the schedule to the accuracy at its end, learned from the trainings that went on;
+    and from those at a rung apart, learned from the networks that were trained on both with one seed.
 
     The log of the final error is linear in the log of the error so far and in how much higher the log of the loss is than usual at such an
     error, with conjugate priors: a loss counts every image by degrees, where an accuracy counts it whole, and tells more of a training that
@@ -249,15 +250,19 @@ class CurveModel:
     """
 
     def __init__(self, records: Iterable[AccuracyRecord]) -> None:
-        self._full = [r for r in records if r.curve[-1].fraction >= 1.0 and not r.diverged]
+        known = [r for r in records if not r.diverged]
+        self._full = [r for r in known if r.curve[-1].fraction >= 1.0]
+        self._apart = {(r.apart, r.arch_id, r.seed): r.curve[-1] for r in known if r.apart}
         self._fits: dict[float, _CurveFit] = {}
 
-    def extrapolate(self, point: CurvePoint) -> tuple[float, float]:
-        """(mean, variance) of the final accuracy of a training that has come to `point`."""
-        key = round(point.fraction, 3)
+    def extrapolate(self, point: CurvePoint, *, apart: Rung | None = None) -> tuple[float, float]:
+        """(mean, variance) of the final accuracy of a training that has come to `point`, on the rung `apart` if it is of one."""
+        key = apart or round(point.fraction, 3)
         if key not in self._fits:
-            pairs = [(earlier, r.val_accuracy) for r in self._full if (earlier := r.at(point.fraction)) is not None]
-            self._fits[key] = _CurveFit(point.fraction, pairs)
+            found = [(self._apart.get((apart, r.arch_id, r.seed)) if apart else r.at(point.fraction), r.val_accuracy) for r in self._full]
+            pairs = [(earlier, accuracy) for earlier, accuracy in found if earlier is not None]
+            # What other images are worth is known less well than what more steps are.
+            self._fits[key] = _CurveFit(point.fraction, pairs, doubt=2.0 if apart else 1.0)
         log_error, var = self._fits[key].predict(point)
         error = math.exp(min(log_error, 0.0))
         return 1 - error, (error * math.sqrt(var)) ** 2
@@ -266,7 +271,8 @@ class CurveModel:
 class _CurveFit:
     """Bayesian linear regression of the log of the final error on the scores at one fraction of the schedule."""
 
-    def __init__(self, fraction: float, pairs: Sequence[tuple[CurvePoint, float]]) -> None:
+    def __init__(self, fraction: float, pairs: Sequence[tuple[CurvePoint, float]], *, doubt: float = 1.0) -> None:
+        """`doubt`: how much less than usual is known of the fall of errors before any of `pairs`."""
         errors = np.array([_log_error(point.val_accuracy) for point, _ in pairs])
         outcomes = np.array([_log_error(accuracy) for _, accuracy in pairs])
         self._center = float(errors.mean()) if pairs else math.log(0.3)
@@ -274,7 +280,7 @@ class _CurveFit:
         # Prior: from a quarter of the schedule an error falls to 0.64 of it, give or take a quarter, a lag behind others to 0.8 of it.
         left = 1 - min(fraction, 0.99)
         mean = np.array([self._center - 0.6 * left, 0.8, 0.5])
-        precision = np.diag(1 / np.array([0.3 * math.sqrt(left), 0.5, 0.7]) ** 2)
+        precision = np.diag(1 / np.array([0.3 * doubt * math.sqrt(left), 0.5, 0.7]) ** 2)
         # Noise of the log error: prior of 3 observations at a spread that shrinks as the schedule ends.
         df, spread = 3.0, 0.06 * math.sqrt(left)
         scaled = precision * spread**2
@@ -295,6 +301,12 @@ class _CurveFit:
         lag = _log_error(point.val_accuracy) - self._center
         more_loss = _log_loss(point) - self._usual_log_loss - LOG_LOSS_SLOPE * lag
         return np.array([1.0, lag, more_loss if math.isfinite(more_loss) else 0.0])
+
+
+def _furthest(group: Sequence[AccuracyRecord]) -> list[AccuracyRecord]:
+    """Of one network's records those of the longest training, one a seed."""
+    furthest = max(group, key=lambda r: r.curve[-1].fraction)
+    return [r for r in group if r.apart == furthest.apart and r.curve[-1].fraction == furthest.curve[-1].fraction]
 
 
 def _seed_variance(records: Sequence[AccuracyRecord]) -> float:

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from lowsearch.arch import Arch
 from lowsearch.errors import LowsearchError, StudyError
-from lowsearch.train import CurvePoint
+from lowsearch.train import CurvePoint, Rung
 
 SCHEMA = 1
 _LOCK_TIMEOUT_S = 60
@@ -40,11 +40,20 @@ class AccuracyRecord:
     data_hash: str
     seed: int
     rung: float
-    """Fraction of the full schedule."""
+    """Fraction of the full schedule, or a rung apart; kept as a Rung."""
     curve: tuple[CurvePoint, ...]
-    """Up to the rung; the last point is the rung itself."""
+    """Up to the rung; the last point is the rung itself. Of a rung apart it is the only one."""
     diverged: bool = False
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rung", Rung.of(self.rung))
+
+    @property
+    def apart(self) -> Rung | None:
+        """The rung, where it is one apart: the accuracy is then that of fewer images or a lower resolution."""
+        rung = Rung.of(self.rung)
+        return rung if rung.apart else None
 
     @property
     def arch_id(self) -> str:
@@ -56,7 +65,7 @@ class AccuracyRecord:
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time of the training from its start to this rung, lower rungs included."""
+        """CPU time of the training from its start to this rung, lower rungs of the same training included."""
         return self.curve[-1].cpu_seconds
 
     @property
@@ -71,7 +80,7 @@ class AccuracyRecord:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; `from_dict` inverts it. arch_id, val_accuracy and cpu_seconds are there for readers of the file."""
         return {
-            "schema": SCHEMA, "arch_id": self.arch_id, "rung": self.rung,
+            "schema": SCHEMA, "arch_id": self.arch_id, "rung": str(self.rung) if self.apart else float(self.rung),
             "val_accuracy": self.val_accuracy, "cpu_seconds": self.cpu_seconds,
             "recipe": self.recipe, "recipe_hash": self.recipe_hash, "data": self.data, "data_hash": self.data_hash, "seed": self.seed,
             "diverged": self.diverged, "curve": [dataclasses.asdict(point) for point in self.curve], "versions": dict(self.versions),
@@ -88,7 +97,7 @@ class AccuracyRecord:
             raise ValueError("the curve is empty")
         record = cls(
             arch=Arch.from_dict(values["arch"]), recipe=str(values["recipe"]), recipe_hash=str(values["recipe_hash"]),
-            data=str(values["data"]), data_hash=str(values["data_hash"]), seed=int(values["seed"]), rung=float(values["rung"]),
+            data=str(values["data"]), data_hash=str(values["data_hash"]), seed=int(values["seed"]), rung=Rung.of(values["rung"]),
             curve=curve, diverged=bool(values["diverged"]), versions=dict(values["versions"]),
         )  # fmt: skip
         if values["arch_id"] != record.arch_id:

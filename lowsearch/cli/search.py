@@ -63,6 +63,13 @@ def run(
         str | None, typer.Option("--recipe", help="Training recipe: a name (`lowsearch recipes`) or a YAML file; default: micro.")
     ] = None,
     recipe_set: RecipeSetOption = None,
+    rungs: Annotated[
+        str,
+        typer.Option(
+            "--rungs",
+            help="Part of the training before a network is judged, as 0.5,1; 0.25@0.5px@0.2img: half the resolution, fewer images.",
+        ),
+    ] = "0.5,1",
     final_seeds: Annotated[int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist.")] = None,
     precision: Annotated[list[str] | None, typer.Option("--precision", help="fp32 (default), fp16, bf16 or int8: one for all.")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Images in one forward pass; default 1.")] = None,
@@ -106,7 +113,7 @@ def run(
         "space": space, "data": data, "objective": objective,
         "limits": parse_limits(maxima=maximum or [], minima=minimum or [], confidence=confidence),
         "budget_s": parse_budget(budget) if budget is not None else None, "trials": trials, "sampler": sampler, "seed": seed,
-        "workers": workers, "recipe": recipe_typed(recipe, recipe_set), "accuracy": accuracy, "final_seeds": final_seeds,
+        "workers": workers, "recipe": recipe_typed(recipe, recipe_set), "rungs": rungs, "accuracy": accuracy, "final_seeds": final_seeds,
         "allow_stale": allow_stale, "train_device": train_device, "storage": without_password(storage),
         "engine": engine, "in_flight": in_flight, "trial_cpus": trial_cpus, "trial_gpus": trial_gpus,
     }  # fmt: skip

@@ -592,7 +592,7 @@ def number_rows(network: Network, sources: Mapping[str, str]) -> list[tuple[str,
         ("MACs", count(network.macs), ""),
         ("Parameters", count(network.params), ""),
         ("Resolution", f"{network.resolution_px:.0f} px" if math.isfinite(network.resolution_px) else "", ""),
-        ("Trained for", f"{network.rung:.0%} of the schedule" if network.rung < 1 else "", ""),
+        ("Trained for", f"{network.rung:.0%} of a full training" if network.rung < 1 else "", ""),
         ("Standard error from", network.accuracy_std_origin, ""),
     ]
     return [row for row in rows if row[1]]

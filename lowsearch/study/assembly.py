@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lowsearch.accuracy.ladder import RECORDS, Ladder
+from lowsearch.accuracy.ladder import RECORDS, Ladder, require_images
 from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
@@ -51,7 +51,7 @@ from lowsearch.study.knowledge import (
 )
 from lowsearch.study.parts import FinalScore, HeldOutSet, Parts, Progress
 from lowsearch.study.settings import DEFAULT_DATA, StudySettings, stored_settings
-from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, train
+from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, rungs_of, train
 from lowsearch.train.order import replace_bytes, scratch
 from lowsearch.train.recipe import DEFAULT_RECIPE
 
@@ -140,6 +140,7 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         space = space.with_num_classes(len(data.classes))
         if schedule is not None:
             check_recipe(schedule, num_classes=len(data.classes))
+            require_images(rungs_of(settings.rungs), data, schedule)
     if not (folder / SPACE_FILE).exists():
         write_atomically(folder / SPACE_FILE, SearchSpace.load(settings.space).text)
     if schedule is not None and not (folder / RECIPE_FILE).exists():
@@ -233,7 +234,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
 
     def training() -> Ladder:
         assert data is not None and schedule is not None
-        return Ladder(data, schedule, folder=folder, seed=settings.seed, device=trains_on)
+        return Ladder(data, schedule, folder=folder, rungs=rungs_of(settings.rungs), seed=settings.seed, device=trains_on)
 
     def held_out(seed: int, kept_in: HeldOutSet) -> Ladder:
         import torch

@@ -39,7 +39,10 @@ class Record(Protocol):
     @property
     def arch_id(self) -> str: ...
     @property
-    def rung(self) -> float: ...
+    def rung(self) -> float:
+        """By which records of one network are ordered; 1 is the full training."""
+        ...
+
     @property
     def val_accuracy(self) -> float: ...
     @property
@@ -61,7 +64,8 @@ class Training(Protocol):
     def rungs(self) -> Sequence[float]: ...
 
     def run(self, arch: Arch, rung: float, *, progress: Callable[[float], None] | None = None) -> Record:
-        """Train on from the rung below; a rung that is recorded already is returned at once. `progress` hears the fraction done."""
+        """Train on from the rung below, or from the start where the rung is apart; a rung on record is returned at once. `progress`
+        hears the fraction done."""
         ...
 
     def record(self, arch: Arch, rung: float) -> Record | None:

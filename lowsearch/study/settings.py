@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from lowsearch.accuracy.ladder import RUNGS
 from lowsearch.errors import StudyError, UsageError
 from lowsearch.search.devices import device_labels
 from lowsearch.search.objectives import DEFAULT_CONFIDENCE, Limit, Objectives, parse_limits, parse_objectives
 from lowsearch.search.samplers import SAMPLERS
 from lowsearch.study.workers.database import check_url
 from lowsearch.study.workers.engines import check_engine
+from lowsearch.train import rungs_of
 
 AccuracyKind = Literal["trained", "params", "macs", "published"]
 TrainDevice = Literal["cpu", "cuda"]
@@ -24,6 +26,7 @@ STAND_INS = {"params": "proxy:params", "macs": "proxy:macs", "published": "prior
 
 DEFAULT_BUDGET_S = 480.0
 DEFAULT_DATA = "fashion-mnist-mini"
+DEFAULT_RUNGS = ",".join(map(str, rungs_of(RUNGS)))
 SCHEMA = "lowsearch-study"
 VERSION = 1
 
@@ -59,6 +62,8 @@ class StudySettings:
     """Where networks are trained; None for the GPU where a GPU of this machine is searched for, else the CPU."""
     recipe: str | None = None
     """Training recipe, as `train.recipe` reads it; None for the one made for the data."""
+    rungs: str = DEFAULT_RUNGS
+    """How far networks are trained before they are judged, the cheapest first, as `train.rung` reads them."""
     accuracy: AccuracyKind | None = None
     """`trained`, or what stands in for it: a proxy or the published trend; None for `trained`, where the data suit the space."""
     final_seeds: int | None = None
@@ -105,6 +110,7 @@ class StudySettings:
                 )
         if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
             raise UsageError(f"budget is {self.budget_s!r} seconds, expected more than 0", hint="--budget 8m")
+        object.__setattr__(self, "rungs", ",".join(map(str, rungs_of(self.rungs))))
         check_engine(self.engine)
         if not self.trial_cpus > 0 or not (self.trial_gpus is None or self.trial_gpus >= 0):
             raise UsageError("a task of Ray takes CPUs, and maybe GPUs or a part of one", hint="--trial-cpus 1 --trial-gpus 0.25")
@@ -184,7 +190,7 @@ class StudySettings:
         """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
         # Studies from before there was a choice have none.
         engine = {"engine": "local", "in_flight": None, "trial_cpus": 1.0, "trial_gpus": None}
-        values = {"allow_stale": False, "train_device": "cpu", "storage": None, **engine, **values}
+        values = {"rungs": DEFAULT_RUNGS, "allow_stale": False, "train_device": "cpu", "storage": None, **engine, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
             if wrong:

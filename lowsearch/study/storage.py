@@ -187,7 +187,7 @@ class Candidate:
     reason: str
     """Why it was pruned or given up."""
     rung: float
-    """Fraction of the full schedule it was trained to; 0 where it was not."""
+    """What of the full training's computation it was trained for: of a plain rung, the fraction of the schedule; 0 where it was not."""
     accuracy: float
     """Estimated score after the full schedule when the trial ended; NaN where there is none."""
     accuracy_std: float

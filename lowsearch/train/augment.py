@@ -20,6 +20,7 @@ import numpy as np
 from lowsearch.data import IMAGE_MEAN, IMAGE_STD
 from lowsearch.errors import UsageError
 from lowsearch.train.recipe import Recipe
+from lowsearch.train.rung import part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +62,8 @@ class Augmentation:
 
         self._recipe = recipe
         parts = recipe.resolutions or (1.0,)
-        steps = sorted({max(1, round(part * resolution_px / total_stride)) for part in parts})
-        self.resolutions_px = [step * total_stride for step in steps] if recipe.resolutions else [resolution_px]
+        several = sorted({part_of(part, resolution_px, total_stride) for part in parts})
+        self.resolutions_px = several if recipe.resolutions else [resolution_px]
         self._mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes) if recipe.mixes else None
         self._transforms = cache(self._made_transforms)
         for px in self.resolutions_px:

@@ -33,6 +33,7 @@ from lowsearch.train.distributed import Ranks, require_shares
 from lowsearch.train.feed import Feed, Images, as_tensor, normalised
 from lowsearch.train.recipe import Recipe, teacher_files
 from lowsearch.train.recorded import Recorded
+from lowsearch.train.rung import Rung
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +51,7 @@ class CurvePoint:
     """The state of a training at one moment."""
 
     fraction: float
-    """Part of the full schedule done."""
+    """Part of the full schedule done; of a training on a rung apart, what it has taken of the full training's computation."""
     step: int
     train_loss: float
     """Mean over the steps since the point before."""
@@ -115,6 +116,7 @@ def train(
     *,
     seed: int,
     until: float = 1.0,
+    rung: Rung | None = None,
     checkpoint: Path | None = None,
     init: Mapping[str, Tensor] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -125,6 +127,7 @@ def train(
 ) -> TrainResult:
     """Train `arch` up to `until` of the full schedule, going on from `checkpoint` where it exists, and writing it on the way.
 
+    `rung`: a rung apart, whose shorter schedule, images and resolution take the place of the recipe's.
     `init`: the state dict to start from, instead of random weights. `progress` hears the fraction of the schedule done after every step.
     `ranks`: the processes that train it together; all call this with the same arguments, and all get the result. `loaders`: processes
     that prepare batches ahead, by default none on a CPU and up to eight where a GPU would wait for crops or images on disk; they change
@@ -147,17 +150,9 @@ def train(
         keep_freed_memory()
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         run = _Run(
-            arch,
-            data,
-            recipe,
-            seed=seed,
-            checkpoint=checkpoint,
-            device=device,
-            ranks=ranks,
+            arch, data, recipe, seed=seed, checkpoint=checkpoint, device=device, cpu_clock=cpu_clock, rung=rung, init=init, ranks=ranks,
             loaders=loaders,
-            cpu_clock=cpu_clock,
-            init=init,
-        )
+        )  # fmt: skip
         return run.to(until, progress)
 
 
@@ -216,6 +211,7 @@ class _Run:
         checkpoint: Path | None,
         device: str,
         cpu_clock: Callable[[], float],
+        rung: Rung | None = None,
         init: Mapping[str, Tensor] | None = None,
         ranks: Ranks | None = None,
         loaders: int | None = None,
@@ -224,25 +220,29 @@ class _Run:
 
         self.arch, self.recipe, self.seed, self.checkpoint, self.device, self.cpu_clock = arch, recipe, seed, checkpoint, device, cpu_clock
         self.ranks = ranks or Ranks()
-        n_images = recipe.n_images(len(data.train))
+        assert rung is None or rung.apart, "a plain rung is a part of the whole schedule: `until`"
+        rung = rung or Rung(1.0)
+        n_images = rung.n_images(recipe.n_images(len(data.train)), len(data.classes))
         self.steps_per_epoch = recipe.steps_per_epoch(n_images)
-        self.total_steps = recipe.total_steps(n_images)
+        self.total_steps = _step_of(rung.fraction, recipe.total_steps(n_images))
+        self.part = float(rung)
+        resolution_px = rung.resolution_px(arch.resolution_px, arch.total_stride)
         self.batch_size = min(recipe.batch_size, n_images)
         self.batch_size -= self.batch_size % 2 if recipe.mixes else 0  # Mixing takes pairs.
         require_shares(self.batch_size, self.ranks.size)
         # A crop is taken from the stored image and resampled once; everything else works on images of the network's resolution.
-        train_px = data.image_px if recipe.random_crop else arch.resolution_px
+        train_px = data.image_px if recipe.random_crop else resolution_px
         self.train_labels = as_tensor(data.train.labels[:n_images]).to(device)
-        self.val_images = Images(data.val.images, arch.resolution_px, device)
+        self.val_images = Images(data.val.images, resolution_px, device)
         self.val_labels = as_tensor(data.val.labels).to(device)
         self.identity = {
             "arch_id": arch.arch_id, "recipe": recipe.name, "recipe_hash": recipe.recipe_hash, "data_hash": data.data_hash, "seed": seed,
-            "init": hash_of_init(init),
+            "init": hash_of_init(init), "rung": str(rung) if rung.apart else None,
         }  # fmt: skip
         self.augmentation = None
         if Augmentation.wanted(recipe):
             self.augmentation = Augmentation(
-                recipe, resolution_px=arch.resolution_px, total_stride=arch.total_stride, num_classes=arch.num_classes
+                recipe, resolution_px=resolution_px, total_stride=arch.total_stride, num_classes=arch.num_classes
             )
         self.feed = Feed(
             data.train.images[:n_images], train_px, recipe, self.augmentation, seed=seed, batch_size=self.batch_size,
@@ -279,7 +279,7 @@ class _Run:
     def to(self, until: float, progress: Callable[[float], None] | None) -> TrainResult:
         """Go on to `until` of the schedule. A training that is already further is returned as far as it is."""
         stop = _step_of(until, self.total_steps)
-        evaluated = {_step_of(fraction, self.total_steps) for fraction in self.recipe.evaluate_at} | {stop}
+        evaluated = {_step_of(fraction, self.total_steps) for fraction in self.recipe.evaluate_at if self.part == 1} | {stop}
         saved = {_step_of(i / CHECKPOINTS_PER_SCHEDULE, self.total_steps) for i in range(1, CHECKPOINTS_PER_SCHEDULE + 1)}
         batches = self.feed.steps(self.step, stop)
         while self.step < stop:
@@ -291,13 +291,17 @@ class _Run:
             if self.step in saved or self.step in evaluated:
                 self._save()
             if progress is not None:
-                progress(self.step / self.total_steps)
+                progress(self._fraction)
         if not any(point.step == self.step for point in self.curve):  # resumed beyond `stop`, between two evaluations
             self._evaluate()
         return TrainResult(
-            arch=self.arch, recipe=self.recipe, seed=self.seed, fraction=self.step / self.total_steps,
+            arch=self.arch, recipe=self.recipe, seed=self.seed, fraction=self._fraction,
             curve=tuple(self.curve), diverged=self.diverged, weights=portable(self._evaluated_state()),
         )  # fmt: skip
+
+    @property
+    def _fraction(self) -> float:
+        return self.part * (self.step / self.total_steps)
 
     def _train_step(self, images_BHWC: Tensor) -> None:
         import torch
@@ -367,7 +371,7 @@ class _Run:
             accuracy, loss = self._score_evaluated_state()
         self.curve.append(
             CurvePoint(
-                fraction=self.step / self.total_steps,
+                fraction=self._fraction,
                 step=self.step,
                 val_accuracy=accuracy,
                 val_loss=loss,

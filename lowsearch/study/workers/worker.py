@@ -33,6 +33,7 @@ from lowsearch.study.settings import StudySettings, read_study_file, stored_sett
 from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
 from lowsearch.study.workers.database import PATIENCE_S
 from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
+from lowsearch.train import Rung
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +313,7 @@ class SearchWorker:
             against = "the search is over"
         return Score(
             accuracy=float(mean), accuracy_std=float(std), rung=rung, val_accuracy=float(record.val_accuracy),
-            stopped=f"stopped at {100 * rung:.0f} %: {against}" if against else "",
+            stopped=f"stopped at {Rung.of(rung).label}: {against}" if against else "",
         )  # fmt: skip
 
     def _against(self, record: Record, records: Sequence[Record], scorer: Scorer | None) -> str:
@@ -345,7 +346,7 @@ class Score:
     """Estimated accuracy after the full schedule, or what stands in for it; None where neither was asked for."""
     accuracy_std: float | None
     rung: float
-    """Fraction of the full schedule that was trained."""
+    """Fraction of the full schedule that was trained; of a rung apart, what it takes of its computation."""
     val_accuracy: float | None = None
     """As measured at that rung."""
     stopped: str = ""
