@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowsearch.data import ImageData, Split, load_data
+from lowsearch.data import ImageData, Split, decoded, load_data, sources
 from lowsearch.data.images import as_rgb, split_off, stratified_order
 from lowsearch.errors import DataError
+from lowsearch.train.feed import resized
 
 SPLITS = ("train", "val", "test")
 TINY_IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyimagenet20_jpeg_boxes.npz"
@@ -133,6 +138,165 @@ def test_folder_images_of_any_size_and_mode_become_one_square_size(tmp_path: Pat
         Image.new("L", (50, 60), 7).save(tmp_path / "b" / f"grey{i}.gif")
     assert load_data(f"folder:{tmp_path}").image_px == 20
     assert load_data(f"folder:{tmp_path}", image_px=24).image_px == 24
+
+
+# --- decoded once -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of images that is worth keeping decoded."""
+    monkeypatch.setattr(decoded, "WORTH_BYTES", 1)
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "photos" / name, 12, px=(20, 24), seed=ord(name[0]))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every image file that is decoded."""
+    found: list[Path] = []
+    read = sources._read_square
+    monkeypatch.setattr(sources, "_read_square", lambda path, *rest: (found.append(path), read(path, *rest))[1])
+    return found
+
+
+def assert_same(data: ImageData, other: ImageData) -> None:
+    assert (data.data_hash, data.name, data.classes) == (other.data_hash, other.name, other.classes)
+    for name in SPLITS:
+        ours, theirs = getattr(data, name), getattr(other, name)
+        assert np.array_equal(ours.images, theirs.images) and np.array_equal(ours.labels, theirs.labels)
+
+
+def test_images_are_decoded_once_and_are_the_same(
+    photos: Path, reads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    name, cache = f"folder:{photos}", tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr(decoded, "WORTH_BYTES", 10**9)
+        plain = load_data(name, cache=cache)
+    assert len(reads) == 24 and not cache.exists(), "too few to be kept"
+    for _ in range(3):
+        assert_same(load_data(name, cache=cache), plain)
+    assert len(reads) == 48
+    kept = load_data(name, cache=cache)
+    assert isinstance(kept.train.images, np.memmap) and not kept.train.images.flags.writeable
+    held = resized(kept.train.images, kept.image_px)
+    assert held.data_ptr() == kept.train.images.ctypes.data and not recwarn.list, "not copied, and no warning"
+    sent = pickle.loads(pickle.dumps(kept))
+    assert_same(sent, plain)
+    assert type(sent.train.images) is np.ndarray
+
+    monkeypatch.chdir(tmp_path)
+    assert load_data("folder:photos", cache=cache).data_hash == plain.data_hash and len(reads) == 48, "the same folder by another name"
+    assert load_data(name, cache=cache, seed=1).data_hash != plain.data_hash and load_data(name, cache=cache, image_px=8).image_px == 8
+    assert len(reads) == 96
+    assert_same(load_data(name, cache=cache), plain)
+    assert len(reads) == 96
+
+
+def _touch(photos: Path) -> None:
+    path = photos / "cat" / "3.png"
+    os.utime(path, ns=(1, 1))
+
+
+def _rewrite(photos: Path) -> None:
+    Image.new("RGB", (20, 24), 7).save(photos / "cat" / "3.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _touch,
+        _rewrite,
+        lambda photos: (photos / "dog" / "3.png").unlink(),
+        lambda photos: (photos / "dog" / "3.png").rename(photos / "cat" / "30.png"),
+        lambda photos: write_images(photos / "emu", 5),
+    ],
+)
+def test_a_changed_folder_is_decoded_anew(change: Callable[[Path], None], photos: Path, reads: list[Path], tmp_path: Path) -> None:
+    load_data(f"folder:{photos}", cache=tmp_path / "cache")
+    change(photos)
+    reads.clear()
+    anew = load_data(f"folder:{photos}", cache=tmp_path / "cache")
+    assert len(reads) in (23, 24, 29)
+    assert_same(load_data(f"folder:{photos}", cache=tmp_path / "cache"), anew)
+    assert_same(load_data(f"folder:{photos}", cache=tmp_path / "other"), anew)
+    assert len(list((tmp_path / "cache" / "decoded").glob("*/data.json"))) == 1
+
+
+def _flip_a_pixel(entry: Path) -> None:
+    content = bytearray((entry / "train-images.npy").read_bytes())
+    content[-1] ^= 1
+    (entry / "train-images.npy").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip_a_pixel,
+        lambda entry: (entry / "val-images.npy").unlink(),
+        lambda entry: (entry / "test-labels.npy").write_bytes(b""),
+        lambda entry: os.truncate(entry / "train-images.npy", 400),
+        lambda entry: np.save(entry / "train-labels.npy", np.zeros(3)),
+        lambda entry: (entry / "data.json").write_text("{"),
+        lambda entry: (entry / "data.json").write_text("[]"),
+    ],
+)
+def test_damaged_decoded_images_are_made_anew(damage: Callable[[Path], None], photos: Path, reads: list[Path], tmp_path: Path) -> None:
+    name, cache = f"folder:{photos}", tmp_path / "cache"
+    plain, _ = load_data(name, cache=tmp_path / "other"), load_data(name, cache=cache)
+    reads.clear()
+    (note,) = (cache / "decoded").glob("*/data.json")
+    damage(note.parent)
+    for _ in range(2):
+        assert_same(load_data(name, cache=cache), plain)
+        assert len(reads) == 24
+
+
+def test_where_nothing_can_be_kept_everyone_decodes(photos: Path, reads: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    for n in (1, 2):
+        assert len(load_data(f"folder:{photos}", cache=tmp_path / "cache").train) == 16 and len(reads) == 24 * n
+
+
+def test_a_malformed_folder_is_refused_and_nothing_is_kept(photos: Path, tmp_path: Path) -> None:
+    (photos / "cat" / "3.png").write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(DataError, match="not a readable image"):
+            load_data(f"folder:{photos}", cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "decoded").glob("*/"))
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from lowsearch.data import decoded, load_data, sources
+decoded.WORTH_BYTES, read = 1, sources._read_square
+def noted(path, *rest):
+    time.sleep(0.02)  # Long enough for the other to come.
+    with open(sys.argv[2], "a") as log:
+        log.write(f"{path}\\n")
+    return read(path, *rest)
+sources._read_square = noted
+Path(sys.argv[4]).touch()
+while not Path(sys.argv[5]).exists():
+    time.sleep(0.005)
+print(load_data(f"folder:{sys.argv[1]}", cache=Path(sys.argv[3])).data_hash)
+"""
+
+
+def test_of_two_processes_one_decodes(photos: Path, tmp_path: Path) -> None:
+    log, cache, ready = tmp_path / "log", tmp_path / "cache", [tmp_path / "a", tmp_path / "b"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(photos), str(log), str(cache), str(mine), str(other)], stdout=subprocess.PIPE, text=True
+        )
+        for mine, other in (ready, ready[::-1])
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert said == [load_data(f"folder:{photos}", cache=tmp_path / "other").data_hash] * 2
+    assert sorted(log.read_text().split()) == sorted(map(str, photos.rglob("*.png")))
 
 
 def test_changing_one_pixel_changes_the_data_hash(tmp_path: Path) -> None:

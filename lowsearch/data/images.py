@@ -32,9 +32,17 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is mapped from a file goes to other machines as a plain array, which Ray's processes share.
+        return _split, (np.asarray(self.images), np.asarray(self.labels))
+
     def take(self, indices: np.ndarray) -> Split:
         """The images at `indices`, in that order."""
         return Split(images=self.images[indices], labels=self.labels[indices])
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(images=images, labels=labels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

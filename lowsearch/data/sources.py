@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from platformdirs import user_cache_path
 
+from lowsearch.data.decoded import decoded_once
 from lowsearch.data.images import SPLIT_NAMES, ImageData, Split, as_labels, as_rgb, split_off, stratified_order
 from lowsearch.errors import DataError
 
@@ -36,14 +37,23 @@ def load_data(name: str, *, seed: int = 0, image_px: int | None = None, cache: P
     """The data set called `name`, in three disjoint splits. Raises DataError with the reason when it cannot be read.
 
     `seed` draws the splits that the source lacks. `image_px`: side that a folder's images are brought to (default: that of most
-    images, at most MAX_IMAGE_PX). `cache`: where torchvision's downloads are kept (default: the user's cache directory).
+    images, at most MAX_IMAGE_PX). `cache`: where torchvision's downloads and what image files hold are kept (default: the user's cache).
     """
     kind, colon, argument = name.partition(":")
     if kind not in SOURCES or bool(colon) != (kind in _WITH_ARGUMENT) or (colon and not argument):
         close = get_close_matches(kind, SOURCES, n=1)
         guess = f"did you mean {_USAGE[close[0]]!r}?" if close else f"one of: {', '.join(_USAGE.values())}"
         raise DataError(f"unknown data set {name!r}", hint=guess)
-    return SOURCES[kind](name, argument, seed=seed, image_px=image_px, cache=cache)
+
+    def read() -> ImageData:
+        return SOURCES[kind](name, argument, seed=seed, image_px=image_px, cache=cache)
+
+    if kind not in _OF_IMAGE_FILES:
+        return read()
+    return decoded_once(
+        read, name=name, root=Path(argument).expanduser(), options={"kind": kind, "seed": seed, "image_px": image_px},
+        folder=(cache or user_cache_path("lowsearch")) / "decoded",
+    )  # fmt: skip
 
 
 def _embedded(name: str, _: str, **_options: Any) -> ImageData:
@@ -328,4 +338,5 @@ SOURCES: dict[str, Callable[..., ImageData]] = {
     "torchvision": _torchvision,
 }
 _WITH_ARGUMENT = ("folder", "npz", "tiny-imagenet", "torchvision")
+_OF_IMAGE_FILES = ("folder", "tiny-imagenet")
 _USAGE = {kind: f"{kind}:{'NAME' if kind == 'torchvision' else 'PATH'}" if kind in _WITH_ARGUMENT else kind for kind in SOURCES}
