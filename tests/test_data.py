@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lowsearch.data import ImageData, Split, decoded, load_data, sources
+from lowsearch.data import images as image_values
 from lowsearch.data.images import as_rgb, split_off, stratified_order
 from lowsearch.errors import DataError
 from lowsearch.train.feed import resized
@@ -266,6 +270,84 @@ def test_a_malformed_folder_is_refused_and_nothing_is_kept(photos: Path, tmp_pat
         with pytest.raises(DataError, match="not a readable image"):
             load_data(f"folder:{photos}", cache=tmp_path / "cache")
     assert not list((tmp_path / "cache" / "decoded").glob("*/"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_process_leaves_what_it_decoded_to_the_next(
+    photos: Path, reads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, cache = f"folder:{photos}", tmp_path / "cache"
+    plain = load_data(name, cache=tmp_path / "other")
+    monkeypatch.setattr(decoded, "_CHUNK", 5)
+    reads.clear()
+    heard: list[tuple[int, int, str]] = []
+
+    def kill(*said: int | str) -> None:
+        heard.append(said)  # pyright: ignore[reportArgumentType]
+        if "val" in str(said[2]):
+            raise Killed
+
+    with pytest.raises(Killed):
+        load_data(name, cache=cache, progress=kill)
+    n_train, n_val = len(plain.train), len(plain.val)
+    assert n_train == 16 and heard == [(n, 16, "decode train images") for n in (5, 10, 15, 16)] + [(n_val, n_val, "decode val images")]
+    assert len(reads) == n_train + n_val
+    assert_same(load_data(name, cache=cache), plain)
+    assert len(reads) == 24, "nothing was decoded twice"
+    load_data(name, cache=cache)
+    assert len(reads) == 24
+
+    (photos / "cat" / "3.png").unlink()  # What was begun from other files is of no use.
+    heard.clear()
+    with pytest.raises(Killed):
+        load_data(name, cache=cache, progress=kill)
+    write_images(photos / "cat" / "more", 3, px=(20, 24), seed=7)
+    assert_same(load_data(name, cache=cache), load_data(name, cache=tmp_path / "third"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x"), lambda path: np.save(path, np.zeros(3))]
+)
+def test_what_was_begun_and_is_damaged_is_begun_anew(
+    damage: Callable[[Path], None], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(decoded, "_CHUNK", 5)
+    with pytest.raises(Killed):
+        load_data(f"folder:{photos}", cache=tmp_path / "cache", progress=kill)
+    (begun,) = (tmp_path / "cache" / "decoded").glob(".*.tmp/train-images.npy")
+    damage(begun)
+    assert_same(load_data(f"folder:{photos}", cache=tmp_path / "cache"), load_data(f"folder:{photos}", cache=tmp_path / "other"))
+
+
+def test_images_that_would_fill_the_disk_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=16 * 20 * 20 * 3)
+    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match="take 0.0 GB") as refused:
+        load_data(f"folder:{photos}", cache=tmp_path / "cache")
+    assert "XDG_CACHE_HOME" in refused.value.hint
+    assert not list((tmp_path / "cache" / "decoded").glob("*/"))
+
+
+def test_large_entries_are_not_read_to_be_trusted(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, cache = f"folder:{photos}", tmp_path / "cache"
+    plain, _ = load_data(name, cache=tmp_path / "other"), load_data(name, cache=cache)
+    monkeypatch.setattr(decoded, "TRUSTED_BYTES", 0)
+    hashed: list[ImageData] = []
+    content_hash = image_values._content_hash
+    monkeypatch.setattr(image_values, "_content_hash", lambda data: (hashed.append(data), content_hash(data))[1])
+    assert_same(load_data(name, cache=cache), plain)
+    assert not hashed
+    (note,) = (cache / "decoded").glob("*/data.json")
+    _flip_a_pixel(note.parent)
+    assert_same(load_data(name, cache=cache), plain)
+    assert hashed
+    assert dataclasses.replace(plain, classes=("a", "b")).data_hash != plain.data_hash, "a known hash is of one value alone"
 
 
 TOGETHER = """

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lowsearch.data import ImageData
 
 Progress = Callable[[int, int, str], None]
 
@@ -75,6 +78,21 @@ def progress_bar() -> Iterator[Progress]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)
+
+
+def load_images(name: str) -> ImageData:
+    """The data set called `name`; a progress bar where its files have to be decoded first."""
+    from lowsearch.data import load_data
+
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def show(done: int, total: int, label: str) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress_bar()))
+            bars[0](done, total, label)
+
+        return load_data(name, progress=show)
 
 
 def _line_progress(every_s: float = 10.0) -> Progress:

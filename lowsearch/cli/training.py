@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lowsearch.cli.options import JsonFlag, RecipeSetOption, SpaceOption
-from lowsearch.cli.output import interval_text, plain, print_json, print_rows, print_table, progress_bar, rounded, tell
+from lowsearch.cli.output import interval_text, load_images, plain, print_json, print_rows, print_table, progress_bar, rounded, tell
 from lowsearch.cli.typed import (
     checked_study_name,
     member_named,
@@ -60,7 +60,6 @@ def train(
     """Train one network on the whole schedule. Resumes where it stopped; under torchrun on several GPUs or processes."""
     import dataclasses
 
-    from lowsearch.data import load_data
     from lowsearch.study.assembly import schedule_of_study
     from lowsearch.train import recipe as recipe_named
     from lowsearch.train import require_trainable
@@ -75,7 +74,7 @@ def train(
         schedule = recipe_named(recipe_typed(recipe or DEFAULT_RECIPE, recipe_set))
     if epochs is not None:
         schedule = dataclasses.replace(schedule, name=f"{schedule.name}-{epochs}ep", epochs=epochs)
-    images = load_data(data or defaults.get("data") or "fashion-mnist-mini")
+    images = load_images(data or defaults.get("data") or "fashion-mnist-mini")
     network = dataclasses.replace(network, num_classes=len(images.classes))
     require_trainable(device)
     if weights is not None and init != "pretrained":
@@ -168,7 +167,6 @@ def train_supernet(
     import dataclasses
 
     from lowsearch import locations
-    from lowsearch.data import load_data
     from lowsearch.space import SearchSpace
     from lowsearch.train import require_trainable
     from lowsearch.train.distributed import launched_ranks
@@ -182,7 +180,7 @@ def train_supernet(
         stored = ranks.agreed(read_plan(folder) if ranks.rank == 0 else None)
         if stored is not None and not was_typed(context, "data"):
             data = stored.data
-        images = load_data(data)
+        images = load_images(data)
         asked: dict[str, Any] = {"max_macs": max_macs, "seed": seed, "steps": steps or 1}
         if stored is None or was_typed(context, "space"):
             asked["space"] = ranks.agreed(SearchSpace.load(space).text if ranks.rank == 0 else None)
@@ -226,14 +224,13 @@ def score_supernet(
     from lowsearch.accuracy.ladder import RECORDS
     from lowsearch.accuracy.records import AccuracyRecords
     from lowsearch.accuracy.supernet import SupernetEstimator
-    from lowsearch.data import load_data
     from lowsearch.train import require_trainable
 
     if not (arch or study):
         raise UsageError("no network was named", hint=f"lowsearch supernet score {name} --arch micro-b-s, or --study NAME")
     require_trainable(device)
     folder, plan = supernet_named(name)
-    estimator = SupernetEstimator(folder, load_data(data or plan.data), device=device)
+    estimator = SupernetEstimator(folder, load_images(data or plan.data), device=device)
     if study and not arch:
         networks, _ = networks_of_study(study, [""])
         fitting = {key: network for key, network in networks.items() if estimator.holds(network)}
@@ -290,12 +287,11 @@ def proxies(
 
     from lowsearch import cost as costs
     from lowsearch.accuracy.proxies import proxy_scores
-    from lowsearch.data import load_data
 
     if not (arch or study):
         raise UsageError("no network was named", hint="lowsearch proxies --arch lowformer_b1, or --study NAME")
     networks, defaults = networks_of_study(study, arch or [""]) if study else ({name: network_named(name) for name in arch or ()}, {})
-    loaded = load_data(data or defaults.get("data") or "fashion-mnist-mini")
+    loaded = load_images(data or defaults.get("data") or "fashion-mnist-mini")
     batch = loaded.train.take(np.arange(min(images, len(loaded.train))))
     archs = [dataclasses.replace(network, num_classes=len(loaded.classes)) for network in networks.values()]
     with progress_bar() as progress:

@@ -6,7 +6,7 @@ Made by `sources`, read by `train`. `val` steers everything a search decides; `t
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -56,15 +56,17 @@ class ImageData:
     test: Split
     data_hash: str = ""
     """Sixteen hexadecimal digits of the SHA-256 of classes, pixels and labels of all splits; computed here."""
+    known_hash: InitVar[str | None] = None
+    """It, where it was computed of these very images before: reading hundreds of gigabytes takes minutes."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known_hash: str | None) -> None:
         _check_classes(self.name, self.classes)
         for split_name in SPLIT_NAMES:
             _check_split(f"{self.name}: {split_name}", getattr(self, split_name), self.classes)
         sides = {split_name: getattr(self, split_name).images.shape[1] for split_name in SPLIT_NAMES}
         if len(set(sides.values())) > 1:
             raise DataError(f"{self.name}: splits differ in image side: {sides}", hint="bring all images to one size")
-        object.__setattr__(self, "data_hash", _content_hash(self))
+        object.__setattr__(self, "data_hash", known_hash or _content_hash(self))
 
     @property
     def image_px(self) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from platformdirs import user_cache_path
 
-from lowsearch.data.decoded import decoded_once
+from lowsearch.data.decoded import InMemory, Progress, decoded_once
 from lowsearch.data.images import SPLIT_NAMES, ImageData, Split, as_labels, as_rgb, split_off, stratified_order
 from lowsearch.errors import DataError
 
@@ -33,11 +33,14 @@ MAX_IMAGE_PX = 224
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def load_data(name: str, *, seed: int = 0, image_px: int | None = None, cache: Path | None = None) -> ImageData:
+def load_data(
+    name: str, *, seed: int = 0, image_px: int | None = None, cache: Path | None = None, progress: Progress | None = None
+) -> ImageData:
     """The data set called `name`, in three disjoint splits. Raises DataError with the reason when it cannot be read.
 
     `seed` draws the splits that the source lacks. `image_px`: side that a folder's images are brought to (default: that of most
     images, at most MAX_IMAGE_PX). `cache`: where torchvision's downloads and what image files hold are kept (default: the user's cache).
+    `progress` hears of image files that are decoded, which is done once.
     """
     kind, colon, argument = name.partition(":")
     if kind not in SOURCES or bool(colon) != (kind in _WITH_ARGUMENT) or (colon and not argument):
@@ -45,14 +48,14 @@ def load_data(name: str, *, seed: int = 0, image_px: int | None = None, cache: P
         guess = f"did you mean {_USAGE[close[0]]!r}?" if close else f"one of: {', '.join(_USAGE.values())}"
         raise DataError(f"unknown data set {name!r}", hint=guess)
 
-    def read() -> ImageData:
-        return SOURCES[kind](name, argument, seed=seed, image_px=image_px, cache=cache)
+    def read(place: InMemory) -> ImageData:
+        return SOURCES[kind](name, argument, seed=seed, image_px=image_px, cache=cache, place=place)
 
     if kind not in _OF_IMAGE_FILES:
-        return read()
+        return read(InMemory())
     return decoded_once(
         read, name=name, root=Path(argument).expanduser(), options={"kind": kind, "seed": seed, "image_px": image_px},
-        folder=(cache or user_cache_path("lowsearch")) / "decoded",
+        folder=(cache or user_cache_path("lowsearch")) / "decoded", progress=progress,
     )  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def _mosaic_split(blob: np.ndarray, offsets: np.ndarray, name: str) -> Split:
     return Split(images=as_rgb(by_turn.reshape(-1, 28, 28), name), labels=labels)
 
 
-def _folder(name: str, argument: str, *, seed: int, image_px: int | None, **_options: Any) -> ImageData:
+def _folder(name: str, argument: str, *, seed: int, image_px: int | None, place: InMemory, **_options: Any) -> ImageData:
     """`PATH/{train,val,test}/CLASS/IMAGE` (val or test may be missing), or `PATH/CLASS/IMAGE`."""
     root = Path(argument).expanduser()
     if not root.is_dir():
@@ -90,15 +93,29 @@ def _folder(name: str, argument: str, *, seed: int, image_px: int | None, **_opt
     listed = {split: _listed_images(folder, classes, name) for split, folder in parts.items()}
     if image_px is None:
         image_px = _common_side([path for pairs in listed.values() for path, _ in pairs], name)
-    return _with_missing_splits(name, classes, {s: _read_split(pairs, image_px, name) for s, pairs in listed.items()}, seed)
+    return _of_files(name, classes, listed, image_px, seed, place)
 
 
-def _read_split(pairs: list[tuple[Path, int]], image_px: int, name: str) -> Split:
-    """The images of (path, label) pairs, at `image_px`."""
-    images = np.empty((len(pairs), image_px, image_px, 3), np.uint8)
-    for i, (path, _) in enumerate(pairs):
-        images[i] = _read_square(path, image_px, name)
-    return Split(images=as_rgb(images, name), labels=np.array([label for _, label in pairs], dtype=np.int64))
+def _of_files(
+    name: str, classes: tuple[str, ...], listed: dict[str, list[tuple[Path, int]]], image_px: int, seed: int, place: InMemory
+) -> ImageData:
+    """The data set of (path, label) pairs by split, at `image_px`. Who goes where is decided before anything is decoded."""
+    pairs = [pair for split in listed.values() for pair in split]
+    labels = np.array([label for _, label in pairs], dtype=np.int64)
+    starts = np.cumsum([0, *map(len, listed.values())])
+    parts = {split: np.arange(start, stop) for split, start, stop in zip(listed, starts, starts[1:], strict=False)}
+    complete = _complete(name, {split: Split(images=places, labels=labels[places]) for split, places in parts.items()}, seed)
+
+    def read(path: Path) -> np.ndarray:
+        return as_rgb(_read_square(path, image_px, name)[None], name)[0]
+
+    splits: dict[str, Any] = {}
+    shape = as_rgb(np.empty((0, image_px, image_px, 3), np.uint8), name).shape[1:]
+    for split, chosen in complete.items():
+        paths = [pairs[i][0] for i in chosen.images]
+        images = place.filled(split, (len(paths), *shape), lambda i, paths=paths: read(paths[i]))
+        splits[split] = Split(images=images, labels=chosen.labels)
+    return ImageData(name=name, classes=classes, **splits)
 
 
 def _listed_images(folder: Path, classes: tuple[str, ...], name: str) -> list[tuple[Path, int]]:
@@ -167,7 +184,7 @@ def _unreadable(path: Path, name: str, error: Exception) -> DataError:
     return DataError(f"{name}: {path} is not a readable image ({type(error).__name__})", hint="remove or replace the file")
 
 
-def _tiny_imagenet(name: str, argument: str, *, seed: int, image_px: int | None, **_options: Any) -> ImageData:
+def _tiny_imagenet(name: str, argument: str, *, seed: int, image_px: int | None, place: InMemory, **_options: Any) -> ImageData:
     """Tiny-ImageNet as its archive unpacks: `train/WNID/images/IMAGE`, `val/images/IMAGE` with `val/val_annotations.txt`.
 
     Its `test` has no labels, so its `val` is the test split here, and val is split off its `train`.
@@ -187,8 +204,8 @@ def _tiny_imagenet(name: str, argument: str, *, seed: int, image_px: int | None,
                 f"{name}: {annotations} gives {file!r} the class {wnid!r}, which train has not", hint="unpack the archive again"
             )
         val.append((root / "val" / "images" / file, number[wnid]))
-    pairs = {"train": _listed_images(root / "train", classes, name), "test": val}
-    return _with_missing_splits(name, classes, {s: _read_split(listed, image_px or 64, name) for s, listed in pairs.items()}, seed)
+    listed = {"train": _listed_images(root / "train", classes, name), "test": val}
+    return _of_files(name, classes, listed, image_px or 64, seed, place)
 
 
 def _npz(name: str, argument: str, *, seed: int, **_options: Any) -> ImageData:
@@ -308,6 +325,12 @@ def _cifar_records(paths: Iterable[Path], label_bytes: int) -> Split:
 
 
 def _with_missing_splits(name: str, classes: tuple[str, ...], splits: dict[str, Split], seed: int) -> ImageData:
+    """The data set of `splits`, completed."""
+    parts: dict[str, Any] = _complete(name, splits, seed)
+    return ImageData(name=name, classes=classes, **parts)
+
+
+def _complete(name: str, splits: dict[str, Split], seed: int) -> dict[str, Split]:
     """`splits` with test and val split off train where missing, and the training images in a random order, classes spread evenly."""
     for split, split_images in splits.items():
         if not len(split_images):
@@ -319,7 +342,7 @@ def _with_missing_splits(name: str, classes: tuple[str, ...], splits: dict[str, 
             complete["train"], complete[split] = split_off(complete["train"], fraction, rng)
     train = complete["train"]
     complete["train"] = train.take(stratified_order(train.labels, rng))
-    return ImageData(name=name, classes=classes, train=complete["train"], val=complete["val"], test=complete["test"])
+    return {split: complete[split] for split in SPLIT_NAMES}
 
 
 TORCHVISION_SETS: dict[str, Callable[[str, Path], _Loaded]] = {

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         for left in (folder / SPACE_FILE, folder / RECIPE_FILE, *folder.glob(f"{Path(TABLE_FILE).stem}*.jsonl")):
             left.unlink(missing_ok=True)
     schedule = _schedule(folder, settings)
-    space, data = _space(folder, settings), _data(settings)
+    space, data = _space(folder, settings), _data(settings, progress)
     if data is not None:
         space = space.with_num_classes(len(data.classes))
         if schedule is not None:
@@ -189,6 +189,8 @@ def _prepare_table(
         log.warning("the latency table does not fit this machine (%s); it is used all the same, as --allow-stale says", "; ".join(stale))
 
 
+_LOADED: dict[str, ImageData] = {}
+"""Of this process, by name."""
 _WITHOUT_ENERGY = "leave energy out of --objective, --max and --min, or search on a machine that counts it"
 
 
@@ -334,13 +336,12 @@ def _space(folder: Path, settings: StudySettings) -> SearchSpace:
     return SearchSpace.load(path) if path.exists() else SearchSpace.load(settings.space)
 
 
-@cache
-def _loaded(name: str) -> ImageData:
-    return load_data(name)
-
-
-def _data(settings: StudySettings) -> ImageData | None:
-    return None if settings.data is None or settings.stand_in else _loaded(settings.data)
+def _data(settings: StudySettings, progress: Progress | None = None) -> ImageData | None:
+    if settings.data is None or settings.stand_in:
+        return None
+    if settings.data not in _LOADED:
+        _LOADED[settings.data] = load_data(settings.data, progress=progress)
+    return _LOADED[settings.data]
 
 
 def _copy_table(table: LatencyTable, path: Path) -> None:
