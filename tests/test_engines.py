@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_tasks
 import numpy as np
@@ -27,11 +28,12 @@ from lowsearch.arch import Arch, Stage, Stem
 from lowsearch.cli import invoke
 from lowsearch.data import load_data
 from lowsearch.errors import StudyError, UsageError
-from lowsearch.study import assembly
+from lowsearch.study import assembly, gate
 from lowsearch.study.finalists import train_planned
 from lowsearch.study.settings import StudySettings, check_resumable
 from lowsearch.study.storage import candidates, open_study
 from lowsearch.study.workers import process
+from lowsearch.study.workers import worker as workers
 from lowsearch.study.workers.conductor import KNOWS, Conductor
 from lowsearch.study.workers.engines import DiedError, Job, check_engine, require_engine
 from lowsearch.study.workers.worker import Plan, SearchWorker
@@ -109,6 +111,20 @@ def test_an_engine_finds_what_one_process_finds_whichever_training_ends_first(tm
     found = essence(conducted(tmp_path / "study", by, engine="ray", sampler=sampler, workers=workers))
     assert found == in_one_process[sampler]
     assert by.most == workers and set(by.began.values()) == {1}
+
+
+def test_an_engine_finds_the_same_where_the_predictor_fails_while_trials_are_under_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "MIN_NETWORKS", N_FAMILY + 2)
+    monkeypatch.setattr(gate, "USEFUL", 2.0)  # Every signal fails as soon as it is judged.
+    monkeypatch.setattr(workers, "standing", lambda *_, **__: SimpleNamespace(why="it promises little"))
+    alone = conducted(tmp_path / "alone", trials=9)
+    judged = json.loads((tmp_path / "alone" / gate.GATE).read_text())
+    (since,) = judged["steering"]["changes"]
+    assert judged["promotion"]["changes"] == [since] and N_FAMILY + 2 < since < len(alone) - 1
+    assert {c.origin for c in alone[since:]} == {"random"} and {c.rung for c in alone[since:]} == {1.0}
+    assert {c.rung for c in alone[since - AHEAD["in_flight"] + 1 : since]} == {fakes.RUNGS[0]}  # Under way when it failed.
+    together = conducted(tmp_path / "together", ShuffledEngine(seed=5), engine="ray", workers=3, trials=9)
+    assert essence(together) == essence(alone)
 
 
 def test_a_trial_knows_what_had_ended_when_it_was_proposed(tmp_path):

@@ -28,6 +28,7 @@ from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
 from lowsearch.errors import DataError, NotInSpaceError, StudyError, UsageError
 from lowsearch.model.elastic import Supernet
+from lowsearch.search.estimates import scores_of
 from lowsearch.space import SearchSpace
 from lowsearch.train import CurvePoint, Recipe, evaluate
 from lowsearch.train.distributed import Ranks
@@ -449,9 +450,11 @@ def test_scores_are_ranks_until_trained_networks_calibrate_them(
     assert estimator.unit == "rank"
     scores = estimator.score(archs)
     assert mean.tolist() == [-score.val_loss for score in scores] and std.tolist() == [score.val_loss_std for score in scores]
+    said = scores_of(estimator, genomes)
+    assert (said.source, said.unit) == ("supernet", "rank") and said.std is not None and said.mean.tolist() == mean.tolist()
     trained = 0.9 + 0.1 * np.array([score.val_accuracy for score in scores])
     estimator.calibrate([record(arch, accuracy, images) for arch, accuracy in zip(archs[:8], trained[:8], strict=True)])
-    assert estimator.unit == "top1"
+    assert estimator.unit == scores_of(estimator, genomes).unit == "top1"
     estimates, spread = estimator.predict(genomes)
     assert np.all(np.abs(estimates - trained) < 3 * spread) and np.all(spread < 0.05)
     assert np.abs(estimates - trained).max() < 0.02
