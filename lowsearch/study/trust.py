@@ -28,6 +28,7 @@ from lowsearch.study.held_out import Band
 from lowsearch.study.parts import HeldOutSet, Parts, Progress, ProxyAccuracy, Record
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.workers.worker import Plan
+from lowsearch.train import Rung
 
 Verdict = Literal["trusted", "weak", "not trusted"]
 TRUST: dict[HeldOutSet, str] = {"range": "trust.json", "band": "trust-band.json"}
@@ -160,11 +161,11 @@ def _examined(
     signals += [] if band else _in_bands({name: scores[name] for name in (PREDICTOR, *PLAIN)}, accuracy, known["latency_ms"])
     leads = {name: lead(predicted.mean, scores[name].mean, accuracy) for name in PLAIN}
     mean, std = predicted.mean, np.zeros(len(archs)) if predicted.std is None else predicted.std
-    spent_s = {r.arch_id: r.cpu_seconds for r in sorted(records, key=lambda r: r.rung)}
     decided, reason = verdict_of(signals, leads, ceiling=ceiling)
     result = Trust(
         verdict=decided, reason=reason, n_networks=len(archs), n_seeds=min(len(found) for found in by_arch.values()),
-        n_records=len(spent_s), learned_cpu_seconds=sum(spent_s.values()), coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
+        n_records=len({r.arch_id for r in records}), learned_cpu_seconds=_spent_s(records),
+        coverage=float((np.abs(accuracy - mean) <= 1.645 * std).mean()),
         ceiling=ceiling, leads=leads, signals=tuple(signals),
         networks=tuple(
             {"arch_id": arch.arch_id, "latency_ms": float(known["latency_ms"][i]), "predicted_accuracy": float(mean[i]),
@@ -182,6 +183,15 @@ def trained_scores(records: Sequence[Record]) -> Scores:
     return Scores(
         source="trained", unit="top1", mean=np.array([r.val_accuracy for r in records]), cpu_seconds=sum(r.cpu_seconds for r in records)
     )  # fmt: skip
+
+
+def _spent_s(records: Sequence[Record]) -> float:
+    """CPU seconds of trainings, rungs that go on from each other counted once."""
+    spent = {}
+    for record in sorted(records, key=lambda r: r.rung):
+        rung = Rung.of(record.rung)
+        spent[record.arch_id, rung if rung.apart else None] = record.cpu_seconds
+    return sum(spent.values())
 
 
 def _ranking(name: str, scores: Scores, accuracy: np.ndarray) -> Ranking:
