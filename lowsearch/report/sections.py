@@ -90,7 +90,7 @@ def facts(study: StudyFiles) -> list[tuple[str, str, str]]:
         ("Data", _setting(study, "data"), ", ".join(f"{n:,} {split}" for split, n in images.items())),
         ("Objective", _setting(study, "objective"), ", ".join(map(str, get("limits") or ()))),
         ("Candidates", *_candidate_counts(study)),
-        ("Sampler and seed", _joined(get("sampler"), _with("seed ", get("seed"))), ""),
+        ("Sampler and seed", _joined(get("sampler"), _with("seed ", get("seed"))), _with("rungs ", get("rungs"))),
         ("Started", _setting(study, "created")[:16].replace("T", " "), ""),
         ("Versions", _with("lowsearch ", versions.get("lowsearch")), _joined(*others)),
     ]

@@ -216,6 +216,8 @@ def _shown_settings(settings: StudySettings) -> dict[str, Any]:
     )
     shown: dict[str, Any] = {name: getattr(settings, name) for name in names}
     shown["limits"] = [str(limit) for limit in settings.limits]
+    if not settings.stand_in:
+        shown["rungs"] = settings.rungs
     budget_s = settings.search_budget_s
     shown["budget"] = f"{settings.trials} trials" if budget_s is None else f"{budget_s / 60:g}m" if budget_s >= 60 else f"{budget_s:g}s"
     return shown
