@@ -237,7 +237,7 @@ def test_a_task_that_died_goes_on_from_its_own_checkpoint_when_it_is_ordered_aga
     steps = []
     run = __import__("lowsearch.train.engine", fromlist=["_Run"])._Run
     step = run._train_step
-    monkeypatch.setattr(run, "_train_step", lambda self: (steps.append(self.step), step(self)))
+    monkeypatch.setattr(run, "_train_step", lambda self, batch: (steps.append(self.step), step(self, batch)))
     found = carried_out(order)
     assert steps[0] > 0
     monkeypatch.undo()

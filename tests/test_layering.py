@@ -24,7 +24,7 @@ LINES = (
     {"model"},
     {"space", "cost", "footprint"},
     {"presets", "published"},
-    {"arch", "locations", "files"},
+    {"arch", "locations", "files", "memory"},
     {"errors"},
 )
 LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}
