@@ -291,22 +291,8 @@ class SearchSpace:
         if values.ndim != 2 or len(values) != len(compiled.blocks):
             raise ValueError(f"values has shape {values.shape}, expected ({len(compiled.blocks)}, k)")
         padded = np.vstack([values, np.zeros((1, values.shape[1]))])  # The last row, index -1: no block in this slot.
-        flat = np.ascontiguousarray(padded[compiled.block_of_entry] * factors[:, None])
-
-        def score(genomes: np.ndarray) -> np.ndarray:
-            genomes = np.asarray(genomes)
-            combined = np.empty((len(genomes), flat.shape[1]))
-            for start in range(0, len(genomes), _CHUNK):
-                rows = genomes[start : start + _CHUNK]
-                # Exact in float64, and a float product runs on BLAS where an integer one does not.
-                entries = np.ascontiguousarray((rows.astype(np.float64) @ compiled.weights + compiled.offsets).T.astype(np.intp))
-                total = flat.take(entries[0], axis=0)
-                for slot in entries[1:]:
-                    combine(total, flat.take(slot, axis=0), out=total)
-                combined[start : start + len(rows)] = total
-            return combined
-
-        return score
+        entries = np.ascontiguousarray(padded[compiled.block_of_entry] * factors[:, None])
+        return _SlotScorer(entries, combine, compiled.weights, compiled.offsets)
 
     def features(self, genomes: np.ndarray) -> np.ndarray:
         """A numeric description for predictors, (n, n_features): widths as log2, one column for every unordered choice, 0 for genes
@@ -444,6 +430,29 @@ class _Compiled:
     count_of_entry: np.ndarray  # (n_entries,) how often the block stands there
     weights: np.ndarray  # (n_genes, n_slots): genomes @ weights + offsets = the entry of every slot
     offsets: np.ndarray  # (n_slots,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SlotScorer:
+    """A Scorer as a value, so that whatever holds one can be pickled: `combine` over the slots of what stands in them."""
+
+    values: np.ndarray  # (n_entries, k)
+    combine: np.ufunc
+    weights: np.ndarray  # These two as in _Compiled.
+    offsets: np.ndarray
+
+    def __call__(self, genomes: np.ndarray) -> np.ndarray:
+        genomes = np.asarray(genomes)
+        combined = np.empty((len(genomes), self.values.shape[1]))
+        for start in range(0, len(genomes), _CHUNK):
+            rows = genomes[start : start + _CHUNK]
+            # Exact in float64, and a float product runs on BLAS where an integer one does not.
+            entries = np.ascontiguousarray((rows.astype(np.float64) @ self.weights + self.offsets).T.astype(np.intp))
+            total = self.values.take(entries[0], axis=0)
+            for slot in entries[1:]:
+                self.combine(total, self.values.take(slot, axis=0), out=total)
+            combined[start : start + len(rows)] = total
+        return combined
 
 
 _COUNTED_BRANCHES: tuple[tuple[str, Callable[[Any], float]], ...] = (

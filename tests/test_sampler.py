@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 
 from lowsearch import cost
+from lowsearch.accuracy.predictor import AccuracyPredictor
+from lowsearch.accuracy.prior import PublishedPrior
+from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError, UsageError
+from lowsearch.latency.predictor import LatencyPredictor
+from lowsearch.latency.table import SHIPPED, LatencyTable
 from lowsearch.search import pareto
+from lowsearch.search.devices import Fleet, Scale
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices
+from lowsearch.search.training_time import TrainingTime
 from lowsearch.space import SearchSpace
 
+ROOT = Path(__file__).parents[1]
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SPACE = SearchSpace.load("lowformer-micro")
 SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
@@ -314,6 +323,29 @@ def test_a_used_sampler_can_be_pickled():
     sampler = make_sampler()
     sampler.propose([], number=0)
     assert (pickle.loads(pickle.dumps(sampler)).propose([], number=1) == sampler.propose([], number=1)).all()
+
+
+def fitted_on_real_trainings(space):
+    return AccuracyPredictor(space).fit(AccuracyRecords(ROOT / "studies" / "example" / "records.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "space_name, accuracy", [("lowformer-micro", fitted_on_real_trainings), ("lowformer", PublishedPrior)], ids=["trained", "published"]
+)
+def test_a_sampler_with_the_models_of_the_package_can_be_pickled_before_and_after_use(space_name, accuracy):
+    space = SearchSpace.load(space_name)
+    folder = ROOT / "latency_tables" / SHIPPED / "amd-epyc-f26-m2-2vcpu"
+    one, other = (LatencyPredictor(space, LatencyTable.load(folder / f"{r}-fp32-b1-t1.jsonl")) for r in ("onnxruntime", "openvino"))
+    fleet = Fleet({"one": one, "other": other}, {label: Scale(fast_ms=1.0, slow_ms=2.0, exponent=1.0) for label in ("one", "other")})
+    for latency, objectives in ((one, "acc-latency"), (fleet, "acc-worstlatency-memory")):
+        sampler = LowSearchSampler(
+            space, latency=latency, accuracy=accuracy(space), objectives=objectives, evolution=SMALL, train_cost=TrainingTime(space)
+        )
+        fresh = pickle.loads(pickle.dumps(sampler))
+        first = sampler.propose([], number=0)
+        used = pickle.loads(pickle.dumps(sampler))
+        assert (fresh.propose([], number=0) == first).all()
+        assert (used.propose([], number=1) == sampler.propose([], number=1)).all()
 
 
 def test_a_training_in_flight_is_not_proposed_again_and_its_gain_is_taken():

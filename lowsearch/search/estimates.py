@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -106,10 +106,6 @@ class Estimator:
         self.energy = energy
         self.batch = batch
         self.precision: Precision = precision
-
-    def __getstate__(self) -> dict[str, Any]:
-        compiled = ("_costs", "_peaks")  # A compiled scorer cannot be pickled.
-        return {name: value for name, value in self.__dict__.items() if name not in compiled}
 
     @cached_property
     def _costs(self) -> Scorer:

@@ -42,7 +42,7 @@ from lowsearch.search.estimates import (
     reference_values,
 )
 from lowsearch.search.evolution import breed, first_of_each, one_blas_thread, unseen_mask
-from lowsearch.search.objectives import OBJECTIVES, Limit, Metric, Objectives, parse_objectives
+from lowsearch.search.objectives import OBJECTIVES, Direction, Limit, Metric, Objectives, parse_objectives
 from lowsearch.search.surrogate import TrialSurrogate
 from lowsearch.space import SearchSpace
 
@@ -148,7 +148,7 @@ class LowSearchSampler(BaseSampler):
         self._distributions: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.choices) - 1) for g in space.genes}
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         """What `optuna.create_study(directions=...)` needs; values come in the order of `objectives`, accuracy first."""
         return list(self.objectives.directions)
 

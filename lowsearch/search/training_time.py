@@ -7,7 +7,6 @@ itself, and a study that was interrupted has to propose what it would have propo
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -26,10 +25,6 @@ class TrainingTime:
         """`power`: what the time is raised to; below 1, a gain counts for more than its cost."""
         self.space = space
         self.power = power
-
-    def __getstate__(self) -> dict[str, Any]:
-        compiled = ("_sums", "_unit")  # A compiled scorer cannot be pickled.
-        return {name: value for name, value in self.__dict__.items() if name not in compiled}
 
     def __call__(self, genomes: np.ndarray) -> np.ndarray:
         """(n, n_genes) -> (n,), 1 for a network that takes as long as the mean of the family."""
