@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from lowsearch import cost
 from lowsearch.accuracy.predictor import AccuracyPredictor
@@ -20,7 +21,7 @@ from lowsearch.latency.table import SHIPPED, LatencyTable
 from lowsearch.search import pareto
 from lowsearch.search.devices import Fleet, Scale
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.sampler import WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices
+from lowsearch.search.sampler import WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices, suggest_genome
 from lowsearch.search.training_time import TrainingTime
 from lowsearch.space import SearchSpace
 
@@ -254,7 +255,7 @@ def test_a_start_among_trials_that_were_enqueued_pruned_or_run_elsewhere_is_coun
     run(sampler, len(SPACE.family), study=study)
     pruned = study.ask()
     sampler.suggest(pruned)
-    study.tell(pruned, state=optuna.trial.TrialState.PRUNED)
+    study.tell(pruned, state=TrialState.PRUNED)
     in_flight = [study.ask() for _ in range(3)]
     for trial in in_flight:
         sampler.suggest(trial)
@@ -346,6 +347,34 @@ def test_a_sampler_with_the_models_of_the_package_can_be_pickled_before_and_afte
         used = pickle.loads(pickle.dumps(sampler))
         assert (fresh.propose([], number=0) == first).all()
         assert (used.propose([], number=1) == sampler.propose([], number=1)).all()
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING])
+def test_a_trial_that_breaks_a_constraint_takes_no_gain_from_others_and_is_not_proposed_again(state):
+    candidates = SPACE.sample(40, rng=np.random.default_rng(0))
+    sampler = make_sampler(candidates=candidates, evolution=dataclasses.replace(SMALL, explore=0.0, learn=0.0))
+    best = sampler.propose([], number=0)
+    others, _ = run(sampler, 6, study=optuna.create_study(directions=sampler.directions, sampler=make_sampler(seed=5)))
+
+    def with_one_more(broken_by):
+        study = optuna.create_study(directions=sampler.directions)
+        study.add_trials(others.trials)
+        study.enqueue_trial(gene_indices(best, SPACE))
+        trial = study.ask()
+        suggest_genome(trial, SPACE)
+        trial.set_constraint("power", broken_by)
+        trial.set_constraint("noise", -1.0)
+        if state == TrialState.COMPLETE:
+            study.tell(trial, [0.999, 1e-3])
+        return study.trials
+
+    left = make_sampler(candidates=candidates[(candidates != best).any(axis=1)], evolution=sampler.evolution)
+    expected = left.proposal(others.trials, number=9)
+    found = sampler.proposal(with_one_more(0.1), number=9)
+    assert (found.genome == expected.genome).all() and found.why == expected.why
+    assert found.why != "expected gain 0" and (found.genome != best).any()
+    if state == TrialState.COMPLETE:
+        assert float(sampler.proposal(with_one_more(0.0), number=9).why.removeprefix("expected gain ")) < 1e-9
 
 
 def test_a_training_in_flight_is_not_proposed_again_and_its_gain_is_taken():

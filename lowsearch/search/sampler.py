@@ -218,9 +218,11 @@ class LowSearchSampler(BaseSampler):
         """Costs (n, n_objectives) of what the study has and expects.
 
         An accuracy is what is estimated of it now: a trial's own value is from when less was known, and the best of many are the lucky
-        ones. A training in flight is taken to end as predicted, so that parallel workers spread out.
+        ones. A training in flight is taken to end as predicted, so that parallel workers spread out. What broke a constraint that its
+        objective set is left out: nothing it dominates is worse for it.
         """
-        done = np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
+        feasible = np.array([_is_feasible(t) for t in held], dtype=bool)
+        done = feasible & np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
         costs = self.objectives.costs(np.array([t.values for t, d in zip(held, done, strict=True) if d], dtype=float))
         posterior = getattr(accuracy, "posterior", None)
         if posterior is not None and done.any() and self.objectives.metrics[0] == ACCURACY_KEY:
@@ -229,7 +231,7 @@ class LowSearchSampler(BaseSampler):
         if estimator is not self._estimator and done.any():
             alone = estimator.estimate(seen[done]).mean["worst_latency"]
             costs[:, self.objectives.metrics.index("worst_latency")] = OBJECTIVES["worstlatency"].cost(alone)
-        pending = np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
+        pending = feasible & np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
         if pending.any():
             costs = np.vstack([costs, self._costs(estimator.estimate(seen[pending], accuracy))])
         return costs
@@ -249,7 +251,8 @@ class LowSearchSampler(BaseSampler):
             return None
         if self._accuracy is not None:
             return self._accuracy if hasattr(self._accuracy, "predict") else self._accuracy()  # type: ignore[operator, return-value]
-        done = np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
+        feasible = np.array([_is_feasible(t) for t in held], dtype=bool)
+        done = feasible & np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
         if ACCURACY_KEY not in self.objectives.metrics or done.sum() < MIN_TRIALS_FOR_SURROGATE:
             return None
         column = self.objectives.metrics.index(ACCURACY_KEY)
@@ -422,6 +425,11 @@ def suggest_genome(trial: Trial, space: SearchSpace) -> np.ndarray:
 def gene_indices(genome: np.ndarray, space: SearchSpace) -> dict[str, int]:
     """A genome as Optuna parameters."""
     return {gene.name: int(index) for gene, index in zip(space.genes, genome, strict=True)}
+
+
+def _is_feasible(trial: FrozenTrial) -> bool:
+    """Whether no constraint that was set on `trial` is broken; Optuna's are broken above 0."""
+    return all(value <= 0 for value in trial.constraints.values())
 
 
 def _genomes(trials: Sequence[FrozenTrial], space: SearchSpace) -> np.ndarray:
