@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -347,6 +348,95 @@ def test_a_sampler_with_the_models_of_the_package_can_be_pickled_before_and_afte
         used = pickle.loads(pickle.dumps(sampler))
         assert (fresh.propose([], number=0) == first).all()
         assert (used.propose([], number=1) == sampler.propose([], number=1)).all()
+
+
+def test_trials_that_suggest_gene_by_gene_in_turns_get_what_they_would_one_after_the_other():
+    sampler = make_sampler()
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    whole = [sampler.suggest(study.ask()) for _ in range(3)]
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    trials = [study.ask() for _ in range(3)]
+    for gene in SPACE.genes:
+        for trial in trials:
+            trial.suggest_int(gene.name, 0, len(gene.choices) - 1)
+    assert [t.params for t in study.trials] == [gene_indices(genome, SPACE) for genome in whole]
+    assert len(np.unique(whole, axis=0)) == 3
+
+
+def test_what_another_worker_announces_during_the_search_for_a_proposal_is_given_up():
+    candidates = SPACE.sample(40, rng=np.random.default_rng(0))
+    settings = {"candidates": candidates, "evolution": dataclasses.replace(SMALL, explore=0.0, learn=0.0)}
+    asked = []
+
+    def accuracy():
+        """As the first worker begins its search, a second one, that cannot know of it, makes its own."""
+        if not asked:
+            asked.append(study.ask())
+            study.sampler = make_sampler(**settings)
+            asked.append(study.sampler.suggest(asked[0]))
+        return FakeAccuracy()
+
+    first = make_sampler(accuracy=accuracy, **settings)
+    study = optuna.create_study(directions=first.directions, sampler=first)
+    found = first.suggest(study.ask())
+    best = np.argsort(-gains_of(candidates))
+    assert (asked[1] == candidates[best[0]]).all()
+    remaining = make_sampler(**settings).proposal([t for t in study.trials if t.number == asked[0].number], number=0)
+    assert (found == remaining.genome).all() and study.trials[0].user_attrs[WHY] == remaining.why
+    assert (found != asked[1]).any()
+
+
+def test_a_trial_whose_worker_died_between_two_genes_is_completed_as_announced():
+    sampler = make_sampler()
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    trial = study.ask()
+    for gene in SPACE.genes[:3]:
+        trial.suggest_int(gene.name, 0, len(gene.choices) - 1)
+    whole = trial.relative_params
+    study._storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
+    study.sampler = make_sampler(seed=7)
+    assert gene_indices(study.sampler.propose([], number=trial.number), SPACE) != whole
+    again = study.ask()
+    assert again.number == trial.number
+    assert gene_indices(study.sampler.suggest(again), SPACE) == whole
+
+
+def test_an_enqueued_network_that_waits_is_not_proposed():
+    candidates = SPACE.sample(10, rng=np.random.default_rng(0))
+    sampler = make_sampler(candidates=candidates)
+    study = optuna.create_study(directions=sampler.directions)
+    for genome in candidates[:9]:
+        study.enqueue_trial(gene_indices(genome, SPACE))
+    assert (sampler.propose(study.trials, number=9) == candidates[9]).all()
+
+
+def work_off(study, sampler, n_trials, **settings):
+    study.sampler = sampler
+    study.optimize(lambda trial: tuple(truth(sampler.suggest(trial)[None], sampler.objectives.metrics)[0]), n_trials=n_trials, **settings)
+
+
+def work_on(url, sampler, n_trials):
+    work_off(optuna.load_study(study_name=None, storage=url), sampler, n_trials)
+
+
+@pytest.mark.parametrize("where", ["threads", "processes"])
+def test_workers_of_one_storage_propose_every_candidate_once(where, tmp_path):
+    candidates = SPACE.sample(10, rng=np.random.default_rng(0))
+    sampler = make_sampler(candidates=candidates)
+    url = f"sqlite:///{tmp_path / 'study.db'}" if where == "processes" else None
+    study = optuna.create_study(storage=url, directions=sampler.directions)
+    if where == "threads":
+        work_off(study, sampler, 10, n_jobs=2)
+    else:
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=work_on, args=(url, sampler, 5)) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [0, 0]
+    genomes = [tuple(t.params[g.name] for g in SPACE.genes) for t in study.trials]
+    assert len(genomes) == 10 and set(genomes) == {tuple(g) for g in candidates}
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING])

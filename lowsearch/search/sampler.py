@@ -56,6 +56,9 @@ WHY = "why"
 WHOLE_SCHEDULE = "whole_schedule"
 """User attribute of a trial: whether its network is to be trained to the end whatever it promises, because others are judged by it."""
 
+PROPOSED = "lowsearch:genome"
+"""System attribute of a trial: the genome proposed for it, there before the first gene is, so that no other worker proposes it too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evolution:
@@ -170,13 +173,24 @@ class LowSearchSampler(BaseSampler):
                 f"the study's directions are {asked}, {self.objectives} has {', '.join(self.directions)}",
                 hint="optuna.create_study(directions=sampler.directions)",
             )
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        genome, why, is_start = self.proposal(others, number=trial.number)
-        for name, value in ((WHY, why), (WHOLE_SCHEDULE, is_start)):
-            study._storage.set_trial_user_attr(trial._trial_id, name, value)
-            trial.set_user_attr(name, value)  # The copy that whoever asked for the trial holds.
-        logger.info("trial %d: %s", trial.number, why)
-        return {gene.name: int(index) for gene, index in zip(self.space.genes, genome, strict=True)}
+        return gene_indices(self._announced(study, trial), self.space)
+
+    def _announced(self, study: Study, trial: FrozenTrial) -> np.ndarray:
+        """The genome (n_genes,) proposed for `trial`, made known to other workers; another one where one of them has the same meanwhile.
+
+        Of two that announce one network at once, whichever does it later sees the other: both may give way, but never neither.
+        """
+        stored = trial.system_attrs.get(PROPOSED)  # By whoever took the trial up before, and died before its last gene.
+        genome, others = None if stored is None else np.array(stored, dtype=np.int8), _but(trial, study)
+        while genome is None or not unseen_mask(genome[None], _held(others, self.space)[1])[0]:
+            genome, why, is_start = self.proposal(others, number=trial.number)
+            for name, value in ((WHY, why), (WHOLE_SCHEDULE, is_start)):
+                study._storage.set_trial_user_attr(trial._trial_id, name, value)
+                trial.set_user_attr(name, value)  # The copy that whoever asked for the trial holds.
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, genome.tolist())
+            logger.info("trial %d: %s", trial.number, why)
+            others = _but(trial, study)
+        return genome
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         """A parameter that is no gene: at random."""
@@ -195,8 +209,7 @@ class LowSearchSampler(BaseSampler):
     def proposal(self, trials: Sequence[FrozenTrial], *, number: int) -> Proposal:
         """As `propose`, with the reason."""
         rng = np.random.default_rng([self.seed, number])
-        held = [t for t in trials if all(gene.name in t.params for gene in self.space.genes)]
-        seen = self.space.canonical(_genomes(held, self.space)) if held else np.empty((0, self.space.n_genes), dtype=np.int8)
+        held, seen = _held(trials, self.space)
         own = [t for t in held if "fixed_params" not in t.system_attrs and t.state != TrialState.PRUNED]
         if self.start and ACCURACY_KEY in self.objectives.metrics:
             begun = sum(bool(t.user_attrs.get(WHOLE_SCHEDULE)) for t in own)
@@ -422,7 +435,7 @@ def suggest_genome(trial: Trial, space: SearchSpace) -> np.ndarray:
     return space.canonical(np.array([indices], dtype=np.int8))[0]
 
 
-def gene_indices(genome: np.ndarray, space: SearchSpace) -> dict[str, int]:
+def gene_indices(genome: Sequence[int] | np.ndarray, space: SearchSpace) -> dict[str, int]:
     """A genome as Optuna parameters."""
     return {gene.name: int(index) for gene, index in zip(space.genes, genome, strict=True)}
 
@@ -432,8 +445,23 @@ def _is_feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.constraints.values())
 
 
-def _genomes(trials: Sequence[FrozenTrial], space: SearchSpace) -> np.ndarray:
-    return np.array([[t.params[gene.name] for gene in space.genes] for t in trials], dtype=np.int8)
+def _but(trial: FrozenTrial, study: Study) -> list[FrozenTrial]:
+    return [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+
+
+def _held(trials: Sequence[FrozenTrial], space: SearchSpace) -> tuple[list[FrozenTrial], np.ndarray]:
+    """Those of `trials` whose network is known, and their canonical genomes (n, n_genes). That of a trial that has not all its genes yet
+    is what was enqueued or announced for it."""
+    held, rows = [], []
+    for trial in trials:
+        params = trial.params
+        if not trial.state.is_finished():
+            announced = trial.system_attrs.get(PROPOSED)
+            params = {**(gene_indices(announced, space) if announced else {}), **trial.system_attrs.get("fixed_params", {}), **params}
+        if all(gene.name in params for gene in space.genes):
+            held.append(trial)
+            rows.append([params[gene.name] for gene in space.genes])
+    return held, space.canonical(np.array(rows, dtype=np.int8).reshape(-1, space.n_genes))
 
 
 def _van_der_corput(index: int) -> float:
