@@ -216,8 +216,9 @@ class ReplayedStudy:
         members = self._members()
         mean, std = self.predictor.posterior(members)
         at_rung = np.array([rivals == "all" or member not in self.whole for member in self.records])
+        costs = self.replay.costs(members, mean)
         return promotion.standing(
-            self.replay.costs(members, mean), std, own=list(self.records).index(genome.tobytes()), at_rung=at_rung,
+            costs, std, costs[:, 1], own=list(self.records).index(genome.tobytes()), at_rung=at_rung,
             edges=self.edges, reference=self.reference,
         ).may_go_on  # fmt: skip
 

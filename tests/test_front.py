@@ -59,7 +59,7 @@ def searched(space, **changes):
 
 
 @pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("objectives", ["acc-latency", "acc-latency-params", "latency-macs"])
+@pytest.mark.parametrize("objectives", ["acc", "params", "acc-latency", "acc-latency-params", "latency-macs", "acc-latency-macs-params"])
 def test_of_a_small_space_it_finds_the_whole_front_and_ends(monkeypatch, objectives, listed):
     everything = TINY.all_genomes()
     monkeypatch.setattr(front, "MAX_LISTED", len(everything) if listed else 0)

@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from lowsearch.search import pareto
 
-DIMENSIONS = [2, 3]
+DIMENSIONS = [1, 2, 3, 4, 5]
 
 
 def brute_force_front(costs):
@@ -70,7 +70,11 @@ def test_hypervolume_and_contributions_equal_inclusion_exclusion(k, seed):
     assert pareto.hypervolume(costs, reference) == pytest.approx(volume)
     front = costs[pareto.non_dominated(costs)]
     lost = [inclusion_exclusion(front, reference) - inclusion_exclusion(np.delete(front, i, 0), reference) for i in range(len(front))]
-    assert pareto.contributions(front, reference) == pytest.approx(np.array(lost))
+    of_the_box = 0.02 * np.prod(reference - costs.min(axis=0)) if k > pareto.EXACT_OBJECTIVES else 1e-12
+    assert pareto.contributions(front, reference) == pytest.approx(np.array(lost), abs=of_the_box)
+    held = pareto.contributions(np.vstack([costs, costs + 0.1]), reference)
+    assert held[: len(costs)][pareto.non_dominated(costs)] == pytest.approx(pareto.contributions(front, reference))
+    assert held.sum() == pytest.approx(pareto.contributions(front, reference).sum())
 
 
 def test_points_beyond_the_reference_count_for_nothing():
@@ -79,15 +83,67 @@ def test_points_beyond_the_reference_count_for_nothing():
     assert pareto.contributions(costs, np.array([1.0, 1.0])) == pytest.approx([1.0, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("k", DIMENSIONS)
+@pytest.mark.parametrize("equal_values", [False, True])
+@pytest.mark.parametrize("k", [*DIMENSIONS, 6])
 @pytest.mark.parametrize("n_front", [0, 1, 7, 25])
-def test_certain_gain_is_the_difference_of_two_hypervolumes(k, n_front):
+def test_certain_gain_is_the_difference_of_two_hypervolumes(k, n_front, equal_values):
     rng = np.random.default_rng(n_front)
     front, candidates, reference = rng.normal(size=(n_front, k)), rng.normal(size=(40, k)), np.full(k, 1.0)
+    if equal_values:  # Many members share coordinates with one another and with the reference.
+        front, candidates = np.round(front), np.round(candidates)
     gains = pareto.expected_gain(candidates, np.zeros(40), front, reference)
     before = pareto.hypervolume(front, reference)
-    truth = [pareto.hypervolume(np.vstack([front, c]), reference) - before for c in candidates]
-    assert gains == pytest.approx(np.array(truth), abs=1e-12)
+    truth = np.array([pareto.hypervolume(np.vstack([front, c]), reference) - before for c in candidates])
+    assert gains == pytest.approx(truth, abs=1e-9)
+    assert (gains[truth < 1e-9] == 0).all()  # To the last bit: what adds nothing is told by it.
+
+
+def test_expected_gain_of_one_objective_is_the_expected_improvement():
+    mean, std, best = np.array([0.0, 0.4, 0.5, 3.0]), np.array([0.2, 0.1, 0.3, 0.2]), 0.35
+    z = (best - mean) / std
+    improvement = std * (z * norm.cdf(z) + norm.pdf(z))
+    front = np.array([[0.9], [best], [0.6], [1.4]])
+    assert pareto.expected_gain(mean[:, None], std, front, np.array([1.0])) == pytest.approx(improvement)
+
+
+@pytest.mark.parametrize("k", [4, 5, 6])
+def test_expected_gain_of_many_objectives_is_what_sampling_the_space_finds(k):
+    rng = np.random.default_rng(k)
+    front, reference = rng.normal(size=(40, k)), np.full(k, 1.0)
+    candidates, std = rng.normal(size=(5, k)) - 0.7, np.array([0.0, 0.1, 0.3, 0.6, 1.0])
+    low = candidates.min(axis=0) - 4.5 * np.eye(k)[0]
+    points = low + (reference - low) * rng.random((100_000, k))
+    free = points[~(front[None] <= points[:, None]).all(axis=2).any(axis=1)]
+    gains = pareto.expected_gain(candidates, std, front, reference)
+    for (c, *x), s, gain in zip(candidates, std, gains, strict=True):
+        reached = (free[:, 1:] >= x).all(axis=1)
+        covered = norm.cdf((free[reached, 0] - c) / s) if s else free[reached, 0] >= c  # Probability that the candidate dominates it.
+        share = np.append(covered, np.zeros(len(points) - reached.sum()))
+        error = share.std() / np.sqrt(len(points))
+        assert abs(share.mean() - gain / np.prod(reference - low)) < 4 * error + 1e-12
+
+
+def test_a_front_of_too_many_boxes_counts_with_the_members_that_hold_most(monkeypatch):
+    rng = np.random.default_rng(0)
+    sphere = np.abs(rng.normal(size=(60, 5)))
+    front, reference = sphere / np.linalg.norm(sphere, axis=1, keepdims=True), np.full(5, 1.1)
+    candidates = front + rng.normal(scale=0.05, size=front.shape)
+    std = np.full(60, 0.02)
+    exact = pareto.expected_gain(candidates, std, front, reference)
+    monkeypatch.setattr(pareto, "_MAX_BOXES", 500)
+    fewer = pareto.expected_gain(candidates, std, front, reference)
+    held = np.argsort(-pareto.contributions(front, reference), kind="stable")
+    among = [pareto.expected_gain(candidates, std, front[held[:n]], reference) for n in range(1, 60)]
+    assert (fewer >= exact - 1e-12).all() and (fewer > exact + 1e-6).any()
+    assert any(gains == pytest.approx(fewer, abs=1e-12) for gains in among)
+    assert np.corrcoef(fewer, exact)[0, 1] > 0.8
+
+
+def test_contributions_of_many_objectives_are_the_same_every_time_and_of_whom_they_belong_to():
+    front = 1 - np.eye(6) * 0.5  # Each member is alone in its own column.
+    values = pareto.contributions(np.vstack([front, np.full(6, 1.2)]), np.full(6, 2.0))
+    assert (values == pareto.contributions(np.vstack([front, np.full(6, 1.2)]), np.full(6, 2.0))).all()
+    assert values[:6] == pytest.approx(np.full(6, 0.5), rel=0.1) and values[6] == 0
 
 
 @pytest.mark.parametrize("k", DIMENSIONS)

@@ -494,6 +494,49 @@ def test_a_front_of_three_objectives_is_not_a_line(running: StudyFiles):
     assert lines == []
 
 
+@pytest.mark.parametrize(
+    ("objective", "title", "axes"),
+    [
+        ("acc", "Accuracy against latency", ("Latency, ms", "Validation accuracy, %")),
+        ("latency", "The best network", ("Latency, ms", "MACs, millions")),
+        ("throughput", "The best network", ("Throughput, images/s", "MACs, millions")),
+        ("params", "The best network", ("Latency, ms", "Parameters, thousands")),
+        ("macs", "The best network", ("Latency, ms", "MACs, millions")),
+    ],
+)
+def test_a_single_objective_has_a_best_network_and_its_value_over_time(running: StudyFiles, objective: str, title: str, axes: tuple):
+    candidates = tuple(replace(n, throughput_ips=1000 / n.latency_ms) for n in running.candidates)
+    study = replace(running, candidates=candidates, settings={**running.settings, "objective": objective})
+    assert tuple(axis.title for axis in tables.plot_axes(study, "validation")) == axes
+    [best] = tables.best_known_front(study)
+    [wanted] = tables.objectives(study)
+    values = [tables.search_values(n)[wanted.metric] for n in tables.scored_candidates(study)]
+    assert tables.search_values(best)[wanted.metric] == (max(values) if wanted.direction == "maximize" else min(values))
+    worst = 0.1 if objective == "acc" else 3.0
+    distances = wanted.cost(np.array(worst)) - wanted.cost(np.array(values))
+    points = tuple(replace(p, hypervolume=float(d)) for p, d in zip(running.hypervolume, distances, strict=False))
+    study = replace(study, hypervolume=points, settings={**study.settings, "reference_point": {wanted.metric: worst}})
+    assert tables.best_so_far(study) == pytest.approx(values[: len(points)])
+    study = replace(study, finalists=(replace(best, on_front=True),))
+    body = sections.body(study)
+    assert f"<h2>{title}</h2>" in body and "The best over time" in body
+    assert f"<h3>Best {'validation accuracy' if objective == 'acc' else wanted.word}</h3>" in body
+    assert "Points on the front" not in body
+    assert page_data(study)["figures"].keys() == {"validation", "hypervolume", "cost"}
+
+
+def test_objectives_that_the_main_plot_leaves_out_have_plots_of_their_own(running: StudyFiles):
+    study = replace(running, settings={**running.settings, "objective": "acc-latency-macs-params"})
+    drawn = page_data(study)["figures"]
+    assert {"further-macs", "further-params"} < drawn.keys() and "further-latency_ms" not in drawn
+    body = sections.body(study)
+    assert "two of 4 objectives" in body and all(f'id="further-{metric}"' in body for metric in ("macs", "params"))
+    found = tables.best_known_front(study)
+    [front] = [trace for trace in drawn["further-params"]["data"] if trace["meta"]["role"] == "front"]
+    assert sorted(front["x"]) == pytest.approx(sorted(n.params / 1e3 for n in found if not n.is_family))
+    assert "further-" not in sections.body(running)
+
+
 def test_a_proxy_is_drawn_as_one_and_never_called_accuracy(running: StudyFiles):
     def with_proxy(network: Network) -> Network:
         unknown = {"val_accuracy": float("nan"), "accuracy_std": float("nan")}

@@ -21,6 +21,7 @@ from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.table import SHIPPED, LatencyTable
 from lowsearch.search import pareto
 from lowsearch.search.devices import Fleet, Scale
+from lowsearch.search.estimates import Estimator
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.sampler import WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices, suggest_genome
 from lowsearch.search.training_time import TrainingTime
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SPACE = SearchSpace.load("lowformer-micro")
 SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
+EXACT = Estimator(SPACE, None)
 SMALL = Evolution(initial=512, parents=64, children=192, generations=6)
 
 
@@ -59,7 +61,7 @@ def truth(genomes, metrics):
     sums = SCORE(genomes)
     values = {
         "accuracy": FakeAccuracy().predict(genomes)[0], "latency_ms": FakeLatency().predict(genomes)[0],
-        "macs": sums[:, 0], "params": sums[:, 1],
+        "macs": sums[:, 0], "params": sums[:, 1], **{m: EXACT.estimate(genomes).mean[m] for m in ("peak_memory_mb", "artifact_mb")},
     }  # fmt: skip
     return np.stack([values[m] for m in metrics], axis=1)
 
@@ -89,13 +91,37 @@ def test_twenty_five_proposals_beat_a_thousand_random_networks(accuracy):
     assert volume(sampler, [t.values for t in study.trials]) > volume(sampler, random)
 
 
-@pytest.mark.parametrize("objectives", ["latency-params", "acc-latency-params", "acc-macs"])
+@pytest.mark.parametrize(
+    "objectives", ["latency-params", "acc-latency-params", "acc-macs", "acc-latency-macs-params", "acc-latency-memory-size"]
+)
 def test_other_objectives_beat_as_many_random_networks(objectives):
     sampler = make_sampler(objectives=objectives)
     study, genomes = run(sampler, 10)
     random = truth(SPACE.sample(10, rng=np.random.default_rng(0)), sampler.objectives.metrics)
     assert volume(sampler, [t.values for t in study.trials]) > volume(sampler, random)
     assert len(np.unique(genomes, axis=0)) == 10
+
+
+@pytest.mark.parametrize("objectives", ["acc", "latency", "params"])
+@pytest.mark.parametrize("accuracy", [FakeAccuracy(), None], ids=["with a model of accuracy", "learning from its own trials"])
+def test_the_best_network_by_one_objective_is_found_in_a_tenth_of_the_trials(objectives, accuracy):
+    candidates = SPACE.sample(300, rng=np.random.default_rng(0))
+    sampler = make_sampler(objectives=objectives, accuracy=accuracy, candidates=candidates)
+    study, _ = run(sampler, 30)
+    costs = sampler.objectives.costs(truth(candidates, sampler.objectives.metrics))[:, 0]
+    found = sampler.objectives.costs(np.array([t.values for t in study.trials]))[:, 0]
+    assert found.min() <= np.partition(costs, 2)[2]
+
+
+def test_one_objective_is_searched_beyond_what_random_networks_reach():
+    limits = parse_limits(maxima=["latency_ms=0.3"])
+    sampler = make_sampler(objectives="acc", limits=limits, evolution=Evolution(explore=0.0, learn=0.0))
+    random = SPACE.sample(20_000, rng=np.random.default_rng(0))
+    mean_ms, std_ms = FakeLatency().predict(random)
+    _, genomes = run(sampler, 3)
+    assert FakeAccuracy().predict(genomes)[0].max() > FakeAccuracy().predict(random[mean_ms + 1.3 * std_ms <= 0.3])[0].max()
+    mean_ms, std_ms = FakeLatency().predict(genomes)
+    assert (mean_ms + std_ms <= 0.3).all()
 
 
 def test_the_shortlist_is_judged_by_the_exact_form_of_the_model():

@@ -10,7 +10,7 @@ from lowsearch.cli.output import percent, print_rows, tell
 
 def print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
     """`study`: its files. Metrics beyond the usual ones are shown where it has objectives or limits on them."""
-    from lowsearch.report.tables import UNITS, asked_metrics
+    from lowsearch.report.tables import UNITS, asked_metrics, objectives
 
     headings = {"throughput_ips": "images/s", "time_per_image_ms": "ms/image", "peak_memory_mb": "memory MB", "artifact_mb": "file MB"}
     headings["energy_mj"] = "energy mJ"
@@ -32,7 +32,8 @@ def print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
         for row in sorted(front, key=lambda row: row["latency_ms"])
     ]
     if rows:
-        print_rows(f"Front of {study.name}: {len(rows)} networks", rows)
+        is_one = len(objectives(study)) == 1
+        print_rows(f"Best of {study.name}" if is_one else f"Front of {study.name}: {len(rows)} networks", rows)
     else:
         tell("the front is empty: no network kept the limits")
 

@@ -15,6 +15,7 @@ from lowsearch.report import tables
 from lowsearch.report.labels import Mark, label_positions
 from lowsearch.report.study_files import Network, StudyFiles
 from lowsearch.report.tables import Axis
+from lowsearch.search.objectives import Metric
 
 SHAPES = {"measured": "circle", "table": "square", "predicted": "circle-open", "estimated": "diamond-open", "published": "star"}
 """Marker of a network by the source of its latency."""
@@ -60,20 +61,45 @@ def front_figure(study: StudyFiles, *, split: str) -> go.Figure:
 
 
 def hypervolume_figure(study: StudyFiles) -> go.Figure:
-    """Hypervolume of everything known, over the time of the search in minutes."""
-    minutes = [point.elapsed_s / 60 for point in study.hypervolume]
+    """Hypervolume of everything known, or the best value of a single objective, over the time of the search in minutes."""
+    minutes, name = [point.elapsed_s / 60 for point in study.hypervolume], "Hypervolume"
+    values = [point.hypervolume for point in study.hypervolume]
+    if len(tables.objectives(study)) == 1:
+        [objective] = tables.objectives(study)
+        name, values = f"Best {objective.word}, {objective.unit}", tables.best_so_far(study)
     figure = go.Figure(
         go.Scatter(
             x=minutes,
-            y=[point.hypervolume for point in study.hypervolume],
+            y=values,
             mode="lines",
             line={"shape": "hv", "width": 2},
-            hovertemplate="%{x:.1f} min<br>hypervolume %{y:.4f}<extra></extra>",
+            hovertemplate="%{x:.1f} min<br>%{y:.4g}<extra></extra>",
             meta={"role": "front"},
         )
     )
-    figure.update_layout(xaxis_title="Minutes of search", yaxis_title="Hypervolume")
+    figure.update_layout(xaxis_title="Minutes of search", yaxis_title=name)
     return _styled(figure)
+
+
+def further_figure(study: StudyFiles, metric: Metric) -> go.Figure:
+    """The front of more than two objectives along one that the main plot leaves out."""
+    x, (_, y) = tables.AXES[metric], tables.plot_axes(study, "validation")
+    front = tables.best_known_front(study)
+    shown = study.finalists or (*front, *(n for n in tables.scored_candidates(study) if n.is_family))
+    drawn = {network.arch_id for network in shown}
+    others = [network for network in tables.scored_candidates(study) if network.arch_id not in drawn]
+    traces = [
+        _points(study, "Candidates", "candidate", others, x, y, size=5, bars=False),
+        _points(study, "Hand-made family", "family", [n for n in shown if n.is_family], x, y, size=8, bars=False),
+        _points(study, "Proposed by the search", "front", [n for n in shown if not n.is_family], x, y, size=8, bars=False),
+    ]
+    traces = [trace for trace in traces if trace.x]
+    figure = go.Figure(traces)
+    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
+    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    if tables.stand_in(study):
+        figure.update_yaxes(title="Score")  # What it is stands beside the main plot; here it would be cut off.
+    return _styled(figure, legend=LEGEND)
 
 
 def cost_figure(study: StudyFiles) -> go.Figure:

@@ -85,7 +85,7 @@
     draw("pareto", data.figures[split]);
     draw("hypervolume", data.figures.hypervolume);
     draw("cost", data.figures.cost);
-    for (const name of Object.keys(data.figures)) if (name.startsWith("device-")) draw(name, data.figures[name]);
+    for (const name of Object.keys(data.figures)) if (/^(device|further)-/.test(name)) draw(name, data.figures[name]);
   }
 
   // ---- the chosen network

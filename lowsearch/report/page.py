@@ -55,6 +55,7 @@ def page_data(study: StudyFiles) -> dict[str, Any]:
         drawn["hypervolume"] = figures.hypervolume_figure(study)
     if tables.cost_networks(study):
         drawn["cost"] = figures.cost_figure(study)
+    drawn |= {f"further-{metric}": figures.further_figure(study, metric) for metric in tables.further_metrics(study)}
     if tables.shared_fronts(study):
         drawn |= {f"device-{i}": figures.device_figure(study, device) for i, device in enumerate(tables.device_sources(study))}
     networks = tables.network_details(study)

@@ -43,7 +43,7 @@ SHAPES = {
 
 def body(study: StudyFiles) -> str:
     """Everything between <body> and the scripts."""
-    sections = (_key_figures, _front, _sharing, _family, _background, _networks, _next_steps, _reading)
+    sections = (_key_figures, _front, _further, _sharing, _family, _background, _networks, _next_steps, _reading)
     inside = "\n".join(html for html in (section(study) for section in sections) if html)
     written = f"Written by lowsearch {escape(__version__)} from the files of study {escape(study.name)}."
     return f"""{_header(study)}
@@ -220,6 +220,8 @@ def _key_figures(study: StudyFiles) -> str:
 def _front_card(study: StudyFiles, front: Sequence[Network]) -> Card:
     if not front:
         return Card("Points on the front", "0", "", "no network qualified")
+    if len(tables.objectives(study)) == 1:
+        return _best_card(study, front[0])
     accuracy = tables.comparable_accuracy(*front)
     values = sorted(accuracy(network) for network in front)
     on = "".join(f" on {label}" for label in list(tables.device_sources(study))[:1])
@@ -227,6 +229,24 @@ def _front_card(study: StudyFiles, front: Sequence[Network]) -> Card:
     if all(map(math.isfinite, values)):
         spans.append(f"{percent(values[0])} to {percent(values[-1])} {accuracy.split} accuracy")
     return Card("Points on the front", str(len(front)), "", ", ".join(spans))
+
+
+def _best_card(study: StudyFiles, best: Network) -> Card:
+    """The one that a search for a single objective ends with."""
+    [objective] = tables.objectives(study)
+    others = [
+        milliseconds(best.latency_ms, best.latency_std_ms),
+        f"{tables.count(best.macs)} MACs",
+        f"{tables.count(best.params)} parameters",
+    ]
+    if objective.metric != "accuracy":
+        value = getattr(best, objective.metric)
+        said = tables.count(value) if objective.metric in ("macs", "params") else tables.amount(value, objective.unit)
+        return Card(f"Best {objective.word}", said, best.label, ", ".join(others))
+    if tables.stand_in(study):
+        return Card("Best score", f"{best.score:.4g}", best.label, ", ".join(others))
+    accuracy = tables.comparable_accuracy(best)
+    return Card(f"Best {accuracy.split} accuracy", percent(accuracy(best), best.accuracy_std), best.label, ", ".join(others))
 
 
 def _sharing_card(study: StudyFiles) -> Card | None:
@@ -415,13 +435,27 @@ def _front(study: StudyFiles) -> str:
     used = _latency_sources(study)
     shapes = [f'<li><svg viewBox="0 0 12 12" aria-hidden="true">{shape}</svg>latency {s}</li>' for s, shape in SHAPES.items() if s in used]
     x, y = tables.plot_axes(study, "validation")
-    title = "Accuracy against latency" if (x.title, y.title) == ("Latency, ms", "Validation accuracy, %") else "The front"
+    title = "The best network" if len(tables.objectives(study)) == 1 else "The front"
+    if (x.title, y.title) == ("Latency, ms", "Validation accuracy, %"):
+        title = "Accuracy against latency"
+    if further := tables.further_metrics(study):
+        note += f" Drawn in two of {len(further) + 2} objectives: what looks beaten here is better in another."
     return f"""<section><h2>{title}</h2><p class="note">{note} Choose a point to see the network.</p>
 <div class="explore">
 <div class="card plotcard"><div class="plotbar"><span class="note">Bars are one standard error.</span>{switch}</div>
 <div class="plot" id="pareto"></div><ul class="shapes">{"".join(shapes)}</ul></div>
 <div class="card panel" id="panel" aria-live="polite"><p class="note">Choose a point of the plot.</p></div>
 </div></section>"""
+
+
+def _further(study: StudyFiles) -> str:
+    """The front along the objectives that the main plot leaves out; empty where there are none."""
+    words = {objective.metric: objective.word[0].upper() + objective.word[1:] for objective in OBJECTIVES.values()}
+    cards = "".join(
+        f'<div class="card plotcard"><h3>{words[metric]}</h3><div class="plot small" id="further-{metric}"></div></div>'
+        for metric in tables.further_metrics(study)
+    )
+    return f'<section class="pair">{cards}</section>' if cards else ""
 
 
 def _what_was_done(study: StudyFiles) -> str:
@@ -508,10 +542,13 @@ def _tone(gain: float, std: float) -> str:
 def _background(study: StudyFiles) -> str:
     cards = []
     if study.hypervolume:
+        title = "Hypervolume over time"
         note = (
             "What the networks known so far dominate, up to the study's fixed reference point, on validation images; costs are logarithms."
         )
-        cards.append(_plot_card("Hypervolume over time", note, "hypervolume"))
+        if len(tables.objectives(study)) == 1:
+            title, note = "The best over time", "Of all networks scored so far, by the search's estimates."
+        cards.append(_plot_card(title, note, "hypervolume"))
     cost = tables.cost_against_latency(tables.cost_networks(study))
     if cost is not None:
         note = (

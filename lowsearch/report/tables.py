@@ -188,18 +188,38 @@ def has_two_objectives(study: StudyFiles) -> bool:
     return len(objectives(study)) == 2
 
 
-def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
-    """Horizontal and vertical axis of the study's main plot: the cost, and what it buys.
+def plot_metrics(study: StudyFiles) -> tuple[Metric, Metric]:
+    """What the study's main plot has on its horizontal and its vertical axis: the cost, and what it buys.
 
     A study of accuracy and one cost has that cost on the horizontal axis; with more costs, or without accuracy, latency has precedence.
+    A single objective is drawn against latency, and latency beside MACs.
     """
-    metrics = objectives(study).metrics
-    costs: list[Metric] = [metric for metric in metrics if metric != "accuracy"]
-    across = objectives(study).latency_metric or costs[0]
-    if "accuracy" in metrics:
-        return AXES[across], _accuracy_axis(study, split)
-    others: list[Metric] = [metric for metric in costs if metric != across]
-    return AXES[across], AXES[others[0]]
+    wanted = objectives(study)
+    costs: list[Metric] = [metric for metric in wanted.metrics if metric != "accuracy"]
+    across = wanted.latency_metric or (costs[0] if len(wanted) > 1 else "latency_ms")
+    if "accuracy" in wanted.metrics:
+        return across, "accuracy"
+    others: list[Metric] = [metric for metric in (*costs, "macs") if metric != across]  # type: ignore[misc]
+    return across, others[0]
+
+
+def further_metrics(study: StudyFiles) -> list[Metric]:
+    """The objectives that the main plot has no axis for: none of one or two."""
+    return [metric for metric in objectives(study).metrics if metric not in plot_metrics(study)]
+
+
+def plot_axes(study: StudyFiles, split: str) -> tuple[Axis, Axis]:
+    """Horizontal and vertical axis of the study's main plot."""
+    across, up = plot_metrics(study)
+    return AXES[across], _accuracy_axis(study, split) if up == "accuracy" else AXES[up]
+
+
+def best_so_far(study: StudyFiles) -> list[float]:
+    """Of a study of one objective, its best value at every point of the hypervolume's curve, which is its distance from the reference."""
+    [objective] = objectives(study)
+    worst = (study.settings.get("reference_point") or {}).get(objective.metric, NAN)
+    costs = objective.cost(np.array(worst)) - np.array([point.hypervolume for point in study.hypervolume])
+    return objective.value(costs).tolist()
 
 
 def asked_metrics(study: StudyFiles) -> set[str]:

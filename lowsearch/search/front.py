@@ -106,6 +106,7 @@ def search_front(
             f"none of {scored:,} networks of space {space.name!r} keeps the limits ({asked})",
             hint="loosen the limits, or score more candidates",
         )
+    archive = archive.take(pareto.non_dominated(archive.costs))
     mean = estimator.estimate(archive.genomes, accuracy).mean
     values = np.stack([mean[metric] for metric in objectives.metrics], axis=1)
     return SearchedFront(genomes=archive.genomes, values=values, objectives=objectives, scored=scored)
@@ -144,7 +145,8 @@ def _searched(
 
 @dataclass(frozen=True, eq=False)
 class _Archive:
-    """The non-dominated of what was scored, sorted by their second cost; while nothing keeps the limits, what breaks them least."""
+    """The non-dominated of what was scored, sorted by their second cost; while nothing keeps the limits, what breaks them least, and of one
+    objective what comes next to the best too, for children to be made of."""
 
     genomes: np.ndarray
     costs: np.ndarray
@@ -156,6 +158,8 @@ class _Archive:
         if together.excess.min() > 0:
             return together.take(np.argsort(together.excess, kind="stable")[: _ARCHIVE // 10])
         within = together.take(together.excess == 0)
+        if within.costs.shape[1] == 1:
+            return within.take(np.argsort(within.costs[:, 0], kind="stable")[: _ARCHIVE // 10])
         front = within.take(pareto.non_dominated(within.costs))
         return front.take(np.argsort(front.costs[:, 1], kind="stable"))
 

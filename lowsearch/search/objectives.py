@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 from lowsearch.errors import UsageError
-from lowsearch.search.pareto import MAX_OBJECTIVES
 
 Metric = Literal[
     "accuracy", "latency_ms", "throughput_ips", "time_per_image_ms", "worst_latency", "peak_memory_mb", "artifact_mb", "energy_mj", "macs",
@@ -46,6 +45,11 @@ class Objective:
             with np.errstate(divide="ignore", invalid="ignore"):
                 array = np.log(array)
         return -array if self.direction == "maximize" else array
+
+    def value(self, costs: np.ndarray) -> np.ndarray:
+        """The values that have these `costs`, same shape."""
+        array = -np.asarray(costs, dtype=float) if self.direction == "maximize" else np.asarray(costs, dtype=float)
+        return np.exp(array) if self.log else array
 
 
 _ALL = (
@@ -81,7 +85,7 @@ def of_latency(metric: Metric, latency_ms: Any, batch: int) -> Any:
 
 @dataclass(frozen=True)
 class Objectives:
-    """Two or three objectives; accuracy first where it is one, so that the uncertain column is column 0 of every cost array."""
+    """One or more objectives; accuracy first where it is one, so that the uncertain column is column 0 of every cost array."""
 
     members: tuple[Objective, ...]
 
@@ -104,6 +108,12 @@ class Objectives:
         return next((o.metric for o in self.members if o.metric in LATENCY_METRICS), None)
 
     @property
+    def spread_over(self) -> Objective:
+        """What networks are spread over and compete in slices of: the second objective, or the only one; MACs where that is accuracy."""
+        *_, last = self.members[:2]
+        return OBJECTIVES["macs"] if last.metric == "accuracy" else last
+
+    @property
     def is_timed(self) -> bool:
         """Whether latency is an objective in any form: on one device, or the worst of several."""
         return self.latency_metric is not None or "worst_latency" in self.metrics
@@ -121,7 +131,7 @@ class Objectives:
 
 
 def parse_objectives(text: str) -> Objectives:
-    """`acc-latency` as Objectives. Raises UsageError on an unknown, repeated or single name."""
+    """`acc-latency` as Objectives. Raises UsageError on an unknown or repeated name, and on two of one axis."""
     known = ", ".join(OBJECTIVES)
     names = text.split("-")
     for name in names:
@@ -142,18 +152,7 @@ def parse_objectives(text: str) -> Objectives:
         others = [name for name in names if name not in same[1:]]
         raise UsageError(
             f"{' and '.join(same)} in {text!r} are one axis: at the batch of a study each follows from the other",
-            hint=f"--objective {'-'.join(others if len(others) > 1 else ['acc', *others])}",
-        )
-    if len(names) == 1:
-        other = "latency" if text != "latency" else "acc"
-        raise UsageError(
-            f"one objective alone, {text!r}, has a best network but no front; expected two or three",
-            hint=f"--objective {text}-{other}, or a limit with --max or --min",
-        )
-    if len(names) > MAX_OBJECTIVES:
-        raise UsageError(
-            f"{len(names)} objectives in {text!r}, expected at most {MAX_OBJECTIVES}",
-            hint="turn one of them into a limit with --max or --min",
+            hint=f"--objective {'-'.join(others)}",
         )
     return Objectives(tuple(sorted((OBJECTIVES[n] for n in names), key=lambda o: o.name != "acc")))
 

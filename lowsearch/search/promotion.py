@@ -22,7 +22,7 @@ OPTIMISM = 1.0
 
 
 def slice_edges(costs: np.ndarray, reference: float) -> list[float]:
-    """Inner edges of the slices: quantiles of the second cost of random networks (n,), where it is below the reference."""
+    """Inner edges of the slices: quantiles of one cost of random networks (n,), where it is below the reference."""
     inside = costs[costs < reference]
     if len(inside) < N_SLICES:
         return []
@@ -55,13 +55,15 @@ class Standing:
         return f"{self.better} of {self.peers} in slice {self.slice_number} of {N_SLICES} promise more than its {self.gain:.2g}"
 
 
-def standing(costs: np.ndarray, std: np.ndarray, *, own: int, at_rung: np.ndarray, edges: list[float], reference: np.ndarray) -> Standing:
+def standing(
+    costs: np.ndarray, std: np.ndarray, place: np.ndarray, *, own: int, at_rung: np.ndarray, edges: list[float], reference: np.ndarray
+) -> Standing:
     """How candidate `own` stands.
 
-    `costs` (n, k) are the estimates of all candidates so far, the uncertain score in column 0 with deviation `std` (n,); `at_rung`
-    (n,) marks those that reached this rung, `own` among them.
+    `costs` (n, k) are the estimates of all candidates so far, the uncertain score in column 0 with deviation `std` (n,); `place` (n,) is
+    the cost that `edges` are of; `at_rung` (n,) marks those that reached this rung, `own` among them.
     """
-    slices = np.digitize(costs[:, 1], edges)
+    slices = np.digitize(place, edges)
     peers = np.flatnonzero(at_rung & (slices == slices[own]))
     gains = {int(i): _optimistic_gain(costs, std, int(i), reference) for i in peers}
     better = sum(gain > gains[own] for gain in gains.values())

@@ -70,7 +70,8 @@ class Evolution:
     children: int = 1024
     generations: int = 16
     niches: int = 16
-    """Half of the parents are the best of equal slices of the second objective (latency), so that no part of the front dies out."""
+    """Half of the parents are the best of equal slices of latency, or of what else is the second objective, so that no part of the front
+    dies out."""
     shortlist: int = 512
     """Of the last population, those that the accuracy model's exact form (`predict_exact`), where it has one, judges again."""
     explore: float = 0.1
@@ -141,13 +142,13 @@ class LowSearchSampler(BaseSampler):
         self._train_cost = train_cost
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
         check_models(self.objectives, limits, latency=latency, energy=energy)
-        values = dict(reference) if reference is not None else reference_values(self._estimator, chance_accuracy=1 / space.num_classes)
+        self._axis = self.objectives.spread_over
+        values = {**reference_values(self._estimator, chance_accuracy=1 / space.num_classes), **(reference or {})}
         for limit in self.limits:  # Beyond a limit nothing is gained, so the acquisition counts from there.
-            if limit.metric in values and limit.side == next(
-                (_worse_side(o.direction) for o in self.objectives if o.metric == limit.metric), ""
-            ):
+            if limit.side == next((_worse_side(o.direction) for o in (*self.objectives, self._axis) if o.metric == limit.metric), ""):
                 values[limit.metric] = (min if limit.side == "max" else max)(values[limit.metric], limit.bound)
         self._reference = self.objectives.costs({metric: np.array([values[metric]]) for metric in self.objectives.metrics})[0]
+        self._axis_end = float(self._axis.cost(np.array(values[self._axis.metric])))
         self._distributions: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.choices) - 1) for g in space.genes}
 
     @property
@@ -276,11 +277,10 @@ class LowSearchSampler(BaseSampler):
         return self.objectives.costs({metric: estimates.mean[metric] for metric in self.objectives.metrics})
 
     def _slices(self, estimates: Estimates) -> np.ndarray:
-        """Slice (n,) of the second objective that each network falls into; 0 holds the fastest decade of the reference."""
-        second = self.objectives.members[1]
-        x = second.cost(estimates.mean[second.metric])
-        span = np.log(20.0) if second.log else 1.0
-        return np.clip(((x - self._reference[1] + span) / span * self.evolution.niches).astype(int), 0, self.evolution.niches - 1)
+        """Slice (n,) of latency, or of what else networks are spread over, that each falls into; 0 holds the fastest decade."""
+        x = self._axis.cost(estimates.mean[self._axis.metric])
+        span = np.log(20.0) if self._axis.log else 1.0
+        return np.clip(((x - self._axis_end + span) / span * self.evolution.niches).astype(int), 0, self.evolution.niches - 1)
 
     def _random(self, rng: np.random.Generator) -> np.ndarray:
         """The population (n, n_genes) that everything begins with."""
@@ -288,16 +288,15 @@ class LowSearchSampler(BaseSampler):
 
     def spread(self, pool: np.ndarray, seen: np.ndarray, *, index: int) -> np.ndarray | None:
         """Of `pool` (n, n_genes) the network that keeps the limits, is not among those `seen` (m, n_genes), and lies nearest to place
-        `index` of a sequence that fills the latency axis (or whatever the second objective is). None where none keeps them.
+        `index` of a sequence that fills the latency axis (or whatever else `Objectives.spread_over` is). None where none keeps them.
 
         From a random pool it is random in all else: networks chosen to be far apart are odd ones, and a model learns less from them.
         """
         pool = pool[unseen_mask(pool, seen)]
         estimates = self._estimator.estimate(pool)
-        second = next(o for o in self.objectives if o.metric != ACCURACY_KEY)
-        x = second.cost(estimates.mean[second.metric])
+        x = self._axis.cost(estimates.mean[self._axis.metric])
         allowed = excess(estimates, self.limits) == 0
-        inside = allowed & (x < self._reference[self.objectives.members.index(second)])
+        inside = allowed & (x < self._axis_end)
         use = np.flatnonzero(inside if inside.any() else allowed)
         if not len(use):
             return None
@@ -310,7 +309,7 @@ class LowSearchSampler(BaseSampler):
         """Evolve a population and propose its best member: feasible, unseen, with the largest expected hypervolume gain; now and then
         the best, or the least certain, of one slice."""
         settings = self.evolution
-        front = costs[pareto.non_dominated(costs)] if len(costs) else costs
+        gains = pareto.ExpectedGain(costs, self._reference)
         family = [self.space.encode(arch)[None] for arch in self.space.family.values()]
         known = np.vstack([*family, seen, np.empty((0, self.space.n_genes), dtype=np.int8)])
         population = [self._random(rng)]
@@ -318,12 +317,12 @@ class LowSearchSampler(BaseSampler):
             population.append(
                 self.space.mutate(known[rng.integers(len(known), size=settings.initial)], rng=rng, rate=2 / self.space.n_genes)
             )
-        pool = _Pool.of(np.vstack(population), self, front, accuracy, estimator)
+        pool = _Pool.of(np.vstack(population), self, gains, accuracy, estimator)
         for _ in range(settings.generations if self._candidates is None else 0):
             parents = pool.take(pool.survivors(settings.parents, settings.niches, rng))
             first, second = rng.integers(len(parents.genomes), size=(2, settings.children))
             children = breed(self.space, parents.genomes, first, second, rng=rng)
-            pool = parents.joined(_Pool.of(children, self, front, accuracy, estimator))
+            pool = parents.joined(_Pool.of(children, self, gains, accuracy, estimator))
         pool = pool.take(unseen_mask(pool.genomes, seen))
         feasible = pool.excess == 0
         if not feasible.any():
@@ -339,7 +338,7 @@ class LowSearchSampler(BaseSampler):
         exact = getattr(accuracy, "predict_exact", None)
         if accuracy is not None and exact is not None:
             best = pool.take(np.argsort(-(pool.std if learns else pool.worth), kind="stable")[: settings.shortlist])
-            pool = _Pool.of(best.genomes, self, front, _Exact(accuracy, exact), estimator)
+            pool = _Pool.of(best.genomes, self, gains, _Exact(accuracy, exact), estimator)
         if learns:
             i = int(np.argmax(pool.std))
             return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
@@ -398,7 +397,12 @@ class _Pool:
 
     @classmethod
     def of(
-        cls, genomes: np.ndarray, sampler: LowSearchSampler, front: np.ndarray, accuracy: AccuracyModel | None, estimator: Estimator
+        cls,
+        genomes: np.ndarray,
+        sampler: LowSearchSampler,
+        gains: pareto.ExpectedGain,
+        accuracy: AccuracyModel | None,
+        estimator: Estimator,
     ) -> _Pool:
         genomes = genomes[first_of_each(genomes)]
         estimates = estimator.estimate(genomes, accuracy)
@@ -408,7 +412,7 @@ class _Pool:
             return cls(genomes, zero, zero, broken, zero, sampler._slices(estimates), zero)
         costs = sampler._costs(estimates)
         std = estimates.std["accuracy"] if sampler.objectives.metrics[0] == ACCURACY_KEY else np.zeros(len(genomes))
-        gain = pareto.expected_gain(costs, std, front, sampler._reference)
+        gain = gains(costs, std)
         worth = gain if sampler._train_cost is None else gain / sampler._train_cost(genomes)
         return cls(genomes, gain, worth, broken, costs[:, 0] - 2 * std, sampler._slices(estimates), std)
 

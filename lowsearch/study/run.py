@@ -171,9 +171,9 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
         genomes = np.stack(family) if family else parts.space.sample(300, rng=np.random.default_rng(0))
         reference["accuracy"] = float(stand_in.predict(genomes)[0].min() - stand_in.margin)
     sample = estimator.estimate(parts.space.sample(2000, rng=np.random.default_rng(settings.seed)))
-    second = settings.objectives.members[1]
-    costs = second.cost(sample.mean[second.metric])[excess(sample, settings.limits) == 0]
-    edges = promotion.slice_edges(costs, float(second.cost(np.array([reference[second.metric]]))[0]))
+    axis = settings.objectives.spread_over
+    costs = axis.cost(sample.mean[axis.metric])[excess(sample, settings.limits) == 0]
+    edges = promotion.slice_edges(costs, float(axis.cost(np.array(reference[axis.metric]))))
     return {
         "schema": SCHEMA,
         "version": VERSION,

@@ -57,7 +57,7 @@ class Plan:
     reference: dict[Metric, float]
     """Worst value by metric, fixed at the study's creation."""
     slice_edges: list[float]
-    """Edges of the slices within which candidates compete for further training, as costs of the second objective."""
+    """Edges of the slices within which candidates compete for further training, as costs of what networks are spread over."""
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
@@ -328,9 +328,11 @@ class SearchWorker:
         scores = [scorer.predict_record(m) if scorer else (m.val_accuracy, UNKNOWN_STD) for m in members]
         mean = dict(self._estimator.estimate(np.stack([self._parts.space.encode(m.arch) for m in members])).mean)
         mean["accuracy"] = np.array([s[0] for s in scores])
+        axis = self._objectives.spread_over
         return standing(
             self._objectives.costs({metric: mean[metric] for metric in self._objectives.metrics}),
             np.array([s[1] for s in scores]),
+            axis.cost(mean[axis.metric]),
             own=next(i for i, m in enumerate(members) if m.arch_id == record.arch_id),
             at_rung=np.array([m.rung >= record.rung for m in members]),
             edges=self._plan.slice_edges,
