@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 from tiny_fakes import fakes
 
 from lowsearch import cost
@@ -20,6 +22,7 @@ from lowsearch.space import SearchSpace, _slots
 from lowsearch.study import run as studies
 from lowsearch.study.settings import StudySettings
 from lowsearch.study.storage import candidates, enqueue, is_exhausted, open_study, reclaim
+from lowsearch.study.workers.conductor import Conductor
 from lowsearch.study.workers.worker import SearchWorker
 
 TESTS = Path(__file__).parent
@@ -98,6 +101,17 @@ def test_our_sampler_ends_as_well_when_nothing_is_left(tmp_path):
     assert set(genomes_of(study)) <= within_limits()
     assert is_exhausted(study)
     assert len(genomes_of(study)) > 0.8 * len(within_limits())
+
+
+@pytest.mark.parametrize("kind", [SearchWorker, partial(Conductor, engine=None)], ids=["worker", "conductor"])
+def test_a_search_of_a_space_too_large_to_go_through_ends_where_the_sampler_finds_nothing_untried(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(feasible, "MAX_LISTED", 0)
+    folder, settings = tmp_path / "study", StudySettings(trials=1000, workers=1, limits=LIMITS)
+    fakes.search(folder, settings, kind=kind)
+    study = open_study(folder, settings.objectives)
+    assert is_exhausted(study)
+    assert set(genomes_of(study)) <= within_limits() and len(genomes_of(study)) > 0.8 * len(within_limits())
+    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
 
 
 def test_a_whole_run_that_exhausts_its_space_goes_on_to_its_finals(tmp_path, monkeypatch):

@@ -91,14 +91,7 @@ class Conductor(SearchWorker):
         found = candidates(self._study, self._parts.space)
         self._hidden = frozenset(decode(self._parts.space, c.genome).arch_id for c in found if c.state in ("running", "waiting"))
         self._judge_signals()
-        try:
-            trial = self._study.ask()
-        except NothingLeftError:
-            if not self._flights and not any(c.state == "complete" for c in found):
-                raise
-            set_exhausted(self._study)
-            self._exhausted = True
-            return
+        trial = self._study.ask()
         trial.set_user_attr(WORKER, self._name)
         with ExitStack() as lease:
             lease.enter_context(kept(self._study._storage, trial._trial_id, self._name))
@@ -106,7 +99,14 @@ class Conductor(SearchWorker):
             if knows_below is None:
                 knows_below = self._flights[0].trial.number if self._flights else trial.number
                 trial.set_user_attr(KNOWS, knows_below)
-            genome, reason = self._proposal(trial)
+            try:
+                genome, reason = self._proposal(trial)
+            except NothingLeftError:
+                if not self._flights and not any(c.state == "complete" for c in found):
+                    raise
+                set_exhausted(self._study)
+                self._exhausted = True
+                return
             if reason:
                 self._count_pruned(self._study, self._study.tell(trial, state=TrialState.PRUNED))
                 return

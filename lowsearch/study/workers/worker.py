@@ -186,7 +186,7 @@ class SearchWorker:
             trial.set_user_attr(WORKER, self._name)
             with kept(self._study._storage, trial._trial_id, self._name):
                 return self._judged(trial)
-        except optuna.TrialPruned:
+        except (optuna.TrialPruned, NothingLeftError):
             raise
         except Exception as error:
             raise Abandoned from error
