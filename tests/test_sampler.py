@@ -302,10 +302,52 @@ def test_gains_are_counted_from_what_is_estimated_now_not_from_a_lucky_trial():
     for number, trial in enumerate(lucky):
         trial.number = number
     sampler = make_sampler(accuracy=Remembering())
-    costs = sampler._known_costs(lucky, genomes, Remembering(), sampler._estimator)
+    costs, std = sampler._known_costs(lucky, genomes, Remembering(), sampler._estimator)
+    assert std.tolist() == [0.01, 0.01, 0.01, 0]
     assert costs[:3, 0] == pytest.approx(-FakeAccuracy().predict(genomes[:3])[0])
     assert costs[3, 0] == -0.99  # Nothing is on record of it.
-    assert (sampler._known_costs(lucky, genomes, FakeAccuracy(), sampler._estimator)[:, 0] == -0.99).all()
+    costs, std = sampler._known_costs(lucky, genomes, FakeAccuracy(), sampler._estimator)
+    assert (costs[:, 0] == -0.99).all() and not std.any()
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING])
+def test_gains_are_means_over_what_the_accuracies_of_the_front_may_turn_out_to_be(state):
+    class Doubting(FakeAccuracy):
+        """Knows networks of trials to five points, be they trained or in training, and others to two."""
+
+        def predict(self, genomes):
+            known = (genomes[:, None] == tried[None]).all(axis=2).any(axis=1)
+            return super().predict(genomes)[0], np.where(known, 0.05, 0.02)
+
+        posterior = predict
+
+    pool = SPACE.sample(60, rng=np.random.default_rng(0))
+    best = pareto.non_dominated(make_sampler().objectives.costs(truth(pool, ("accuracy", "latency_ms"))))
+    tried, candidates = pool[best], pool[~best]
+    settings = dataclasses.replace(SMALL, explore=0.0, learn=0.0, front_draws=400)
+    sampler = make_sampler(accuracy=Doubting(), candidates=pool, evolution=settings)
+    study = optuna.create_study(directions=sampler.directions)
+    for genome, values in zip(tried, truth(tried, sampler.objectives.metrics), strict=True):
+        study.enqueue_trial(gene_indices(genome, SPACE))
+        trial = study.ask()
+        suggest_genome(trial, SPACE)
+        if state == TrialState.COMPLETE:
+            study.tell(trial, values.tolist())
+    proposal = sampler.proposal(study.trials, number=99)
+    assert (sampler.proposal(study.trials, number=99).genome == proposal.genome).all()
+
+    rng, metrics = np.random.default_rng(1), sampler.objectives.metrics
+    front, costs = sampler.objectives.costs(truth(tried, metrics)), sampler.objectives.costs(truth(candidates, metrics))
+    gains = np.empty((600, len(candidates)))
+    for gain in gains:
+        drawn = front - np.outer(rng.normal(scale=0.05, size=len(front)), [1, 0])
+        gain[:] = pareto.expected_gain(costs, np.full(len(costs), 0.02), drawn, sampler._reference)
+    mean, error = gains.mean(axis=0), gains.std(axis=0) / np.sqrt(600)
+    [chosen] = np.flatnonzero((candidates == proposal.genome).all(axis=1))
+    assert mean[chosen] > mean.max() - 4 * error.max()
+    assert float(proposal.why.split()[2]) == pytest.approx(mean[chosen], abs=7 * error[chosen] + 0.06 * mean[chosen])
+    certain = pareto.expected_gain(costs, np.full(len(costs), 0.02), front, sampler._reference)
+    assert abs(certain[chosen] - mean[chosen]) > 8 * error[chosen]
 
 
 def test_now_and_then_the_least_certain_network_of_a_slice_is_proposed():

@@ -73,7 +73,10 @@ class Evolution:
     """Half of the parents are the best of equal slices of latency, or of what else is the second objective, so that no part of the front
     dies out."""
     shortlist: int = 512
-    """Of the last population, those that the accuracy model's exact form (`predict_exact`), where it has one, judges again."""
+    """Of the last population, those that are judged again: by the accuracy model's exact form (`predict_exact`), where it has one, and over
+    a front that is not taken for certain."""
+    front_draws: int = 8
+    """Of the accuracies of the front and of what is in training, from what is known of them; the shortlist's gains are means over these."""
     explore: float = 0.1
     """Probability that a proposal is chosen within a random slice of latency rather than over all of it."""
     learn: float = 0.05
@@ -221,15 +224,15 @@ class LowSearchSampler(BaseSampler):
         if accuracy is None and ACCURACY_KEY in self.objectives.metrics:
             if (genome := self.spread(self._random(rng), seen, index=len(own))) is not None:
                 return Proposal(genome, "nothing is known yet: a random network of its latency")
-            return self._evolve(seen, np.empty((0, len(self.objectives))), None, rng, self._estimator)
+            return self._evolve(seen, np.empty((0, len(self.objectives))), np.empty(0), None, rng, self._estimator)
         with one_blas_thread():
             estimator = self._estimator_for(number)
-            return self._evolve(seen, self._known_costs(held, seen, accuracy, estimator), accuracy, rng, estimator)
+            return self._evolve(seen, *self._known_costs(held, seen, accuracy, estimator), accuracy, rng, estimator)
 
     def _known_costs(
         self, held: Sequence[FrozenTrial], seen: np.ndarray, accuracy: AccuracyModel | None, estimator: Estimator
-    ) -> np.ndarray:
-        """Costs (n, n_objectives) of what the study has and expects.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Costs (n, n_objectives) of what the study has and expects, and the standard deviation (n,) of the first, 0 where it is known.
 
         An accuracy is what is estimated of it now: a trial's own value is from when less was known, and the best of many are the lucky
         ones. A training in flight is taken to end as predicted, so that parallel workers spread out. What broke a constraint that its
@@ -238,17 +241,20 @@ class LowSearchSampler(BaseSampler):
         feasible = np.array([_is_feasible(t) for t in held], dtype=bool)
         done = feasible & np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
         costs = self.objectives.costs(np.array([t.values for t, d in zip(held, done, strict=True) if d], dtype=float))
+        std = np.zeros(len(costs))
         posterior = getattr(accuracy, "posterior", None)
         if posterior is not None and done.any() and self.objectives.metrics[0] == ACCURACY_KEY:
-            mean, _ = posterior(seen[done])
+            mean, std = posterior(seen[done])
             costs[:, 0] = np.where(np.isnan(mean), costs[:, 0], self.objectives.members[0].cost(mean))
+            std = np.where(np.isnan(mean), 0.0, std)
         if estimator is not self._estimator and done.any():
             alone = estimator.estimate(seen[done]).mean["worst_latency"]
             costs[:, self.objectives.metrics.index("worst_latency")] = OBJECTIVES["worstlatency"].cost(alone)
         pending = feasible & np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
         if pending.any():
-            costs = np.vstack([costs, self._costs(estimator.estimate(seen[pending], accuracy))])
-        return costs
+            estimates = estimator.estimate(seen[pending], accuracy)
+            costs, std = np.vstack([costs, self._costs(estimates)]), np.append(std, self._std(estimates))
+        return costs, std
 
     def _estimator_for(self, number: int) -> Estimator:
         """Whom trial `number` is proposed for: every other one of several devices for all of them, the rest for one alone, in turn.
@@ -275,6 +281,11 @@ class LowSearchSampler(BaseSampler):
 
     def _costs(self, estimates: Estimates) -> np.ndarray:
         return self.objectives.costs({metric: estimates.mean[metric] for metric in self.objectives.metrics})
+
+    def _std(self, estimates: Estimates) -> np.ndarray:
+        """Standard deviation (n,) of the first cost."""
+        exact = np.zeros(len(estimates.mean["macs"]))
+        return estimates.std[ACCURACY_KEY] if self.objectives.metrics[0] == ACCURACY_KEY else exact
 
     def _slices(self, estimates: Estimates) -> np.ndarray:
         """Slice (n,) of latency, or of what else networks are spread over, that each falls into; 0 holds the fastest decade."""
@@ -304,10 +315,19 @@ class LowSearchSampler(BaseSampler):
         return pool[use[int(np.argmin(np.abs(x[use] - place)))]]
 
     def _evolve(
-        self, seen: np.ndarray, costs: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator, estimator: Estimator
+        self,
+        seen: np.ndarray,
+        costs: np.ndarray,
+        std: np.ndarray,
+        accuracy: AccuracyModel | None,
+        rng: np.random.Generator,
+        estimator: Estimator,
     ) -> Proposal:
         """Evolve a population and propose its best member: feasible, unseen, with the largest expected hypervolume gain; now and then
-        the best, or the least certain, of one slice."""
+        the best, or the least certain, of one slice.
+
+        `costs` (n, k) with `std` (n,) in the first column are those of the networks that the study has.
+        """
         settings = self.evolution
         gains = pareto.ExpectedGain(costs, self._reference)
         family = [self.space.encode(arch)[None] for arch in self.space.family.values()]
@@ -336,9 +356,11 @@ class LowSearchSampler(BaseSampler):
             pool = pool.take(pool.slices == slice_)
             where = f" in slice {slice_ + 1} of {settings.niches}"
         exact = getattr(accuracy, "predict_exact", None)
-        if accuracy is not None and exact is not None:
+        if exact is not None or std.any():
             best = pool.take(np.argsort(-(pool.std if learns else pool.worth), kind="stable")[: settings.shortlist])
-            pool = _Pool.of(best.genomes, self, gains, _Exact(accuracy, exact), estimator)
+            noisy = _NoisyGain(costs, std, self._reference, n_draws=settings.front_draws, rng=rng)
+            judge = accuracy if accuracy is None or exact is None else _Exact(accuracy, exact)
+            pool = _Pool.of(best.genomes, self, noisy, judge, estimator)
         if learns:
             i = int(np.argmax(pool.std))
             return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
@@ -359,6 +381,19 @@ class LowSearchSampler(BaseSampler):
             f"no untried network of space {self.space.name!r} keeps the limits ({limits}) with the margin of the predictions",
             hint=f"random networks reach {reach}" if reach else "choose a larger space",
         )
+
+
+class _NoisyGain:
+    """Expected hypervolume gain over a front of which the first cost is uncertain: the mean over draws of it (noisy expected hypervolume
+    improvement, arXiv 2105.08195)."""
+
+    def __init__(self, costs: np.ndarray, std: np.ndarray, reference: np.ndarray, *, n_draws: int, rng: np.random.Generator) -> None:
+        draws = np.repeat(costs[None], n_draws if std.any() else 1, axis=0)
+        draws[:, :, 0] += std * rng.normal(size=draws.shape[:2])
+        self._gains = [pareto.ExpectedGain(drawn, reference) for drawn in draws]
+
+    def __call__(self, costs: np.ndarray, std: np.ndarray) -> np.ndarray:
+        return np.mean([gain(costs, std) for gain in self._gains], axis=0)
 
 
 class _Exact:
@@ -400,7 +435,7 @@ class _Pool:
         cls,
         genomes: np.ndarray,
         sampler: LowSearchSampler,
-        gains: pareto.ExpectedGain,
+        gains: Callable[[np.ndarray, np.ndarray], np.ndarray],
         accuracy: AccuracyModel | None,
         estimator: Estimator,
     ) -> _Pool:
@@ -411,7 +446,7 @@ class _Pool:
             zero = np.zeros(len(genomes))
             return cls(genomes, zero, zero, broken, zero, sampler._slices(estimates), zero)
         costs = sampler._costs(estimates)
-        std = estimates.std["accuracy"] if sampler.objectives.metrics[0] == ACCURACY_KEY else np.zeros(len(genomes))
+        std = sampler._std(estimates)
         gain = gains(costs, std)
         worth = gain if sampler._train_cost is None else gain / sampler._train_cost(genomes)
         return cls(genomes, gain, worth, broken, costs[:, 0] - 2 * std, sampler._slices(estimates), std)
