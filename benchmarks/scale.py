@@ -31,6 +31,7 @@ import optuna
 from kill_resume import prepare
 from optuna.trial import TrialState
 
+from lowsearch.accuracy.ladder import TRAINED_TWICE
 from lowsearch.search.objectives import parse_objectives
 from lowsearch.search.sampler import suggest_genome
 from lowsearch.space import SearchSpace
@@ -74,7 +75,7 @@ def main() -> None:
         "context": {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(),
                     "optuna": optuna.__version__, "load_average": os.getloadavg()},
         "one_worker": alone, "eight_workers": fired, "database_ms_per_trial": overhead, "lease_s": LEASE_S,
-        "passed": fired["lost"] == fired["duplicates"] == fired["scored_without_a_record"] == 0
+        "passed": fired["lost"] == fired["duplicates"] == fired["scored_without_a_record"] == fired["rungs_trained_twice"] == 0
                   and fired["scored"] == arguments.trials and fired["handed_back_by_lease"] > 0 and fired["times_database_was_away"] > 0,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -190,6 +191,8 @@ def run_under_fire(
     scored = [c for c in proposals if c.state == "complete"]
     lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     recorded = {(line["arch_id"], line["rung"]) for line in lines}
+    # A rung that is on record already gets no second line; who trained it all the same has told its log.
+    in_vain = sum(path.read_text(encoding="utf-8", errors="replace").count(TRAINED_TWICE) for path in (folder / "logs").glob("*.log"))
     finished = (TrialState.COMPLETE, TrialState.PRUNED)
     crews = Counter(crew_of(t.user_attrs[WORKER]) for t in trials_of if t.state == TrialState.COMPLETE)
     return {
@@ -197,7 +200,7 @@ def run_under_fire(
         "lost": len(set(range(len(trials_of))) - {t.number for t in trials_of if t.state in finished}),
         "duplicates": len([c for c in found if c.state == "complete"]) - len({c.genome.tobytes() for c in found if c.state == "complete"}),
         "pruned": dict(Counter(c.reason.split(" by ")[0] for c in found if c.state == "pruned")),
-        "rungs_recorded": len(recorded),
+        "rungs_recorded": len(recorded), "rungs_trained_twice": len(lines) - len(recorded) + in_vain,
         "scored_without_a_record": len({space.decode(c.genome).arch_id for c in scored} - {arch_id for arch_id, _ in recorded}),
         "crews": sorted(crews.values(), reverse=True), "handed_back_by_lease": said.count("handed back after the silence"),
         "times_database_was_away": said.count("database away, retrying"), **pace(found),

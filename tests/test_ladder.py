@@ -13,7 +13,7 @@ import pytest
 import torch
 from few_images import few_images
 
-from lowsearch.accuracy.ladder import Ladder, climb
+from lowsearch.accuracy.ladder import TRAINED_TWICE, Ladder, climb
 from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.arch import Arch, Stage, Stem
 from lowsearch.data import ImageData
@@ -58,6 +58,17 @@ def test_recorded_rung_is_not_trained_again_not_even_by_another_process(images: 
     steps: list[float] = []
     later.run(ARCH, 0.5, progress=steps.append)
     assert steps == [0.375, 0.5]
+
+
+def test_a_rung_that_was_trained_twice_is_recorded_once_and_told(images: ImageData, tmp_path: Path, caplog: Any) -> None:
+    ladder, other = (Ladder(images, BRIEF, **THREE, folder=tmp_path) for _ in range(2))
+    order = ladder.order(ARCH, 0.25)
+    found = order.function(order.shared, **order.values)
+    order.accept(found)
+    assert not caplog.messages
+    other.order(ARCH, 0.25).accept(found)
+    assert [message.startswith(f"{TRAINED_TWICE} {ARCH.arch_id} to 0.25") for message in caplog.messages] == [True]
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1
 
 
 def test_training_killed_between_checkpoint_and_record_is_recorded_from_the_checkpoint(images: ImageData, tmp_path: Path) -> None:

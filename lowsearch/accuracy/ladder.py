@@ -7,6 +7,7 @@ Every rung reached is a record; a rung on record is never trained again.
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -23,7 +24,11 @@ from lowsearch.errors import UsageError
 from lowsearch.train import Order, Recipe, Rung, rungs_of, train
 from lowsearch.train.order import replace_bytes, scratch
 
+log = logging.getLogger(__name__)
+
 RECORDS = "records.jsonl"
+TRAINED_TWICE = "trained in vain:"
+"""How the log calls a training whose rung was on record when it ended; file locks that do not hold let it happen."""
 RUNGS = (0.5, 1.0)
 """Fixed by benchmarks/lowest_rung.py: on fashion-mnist-mini 25 % of the schedule adds nothing to what the architecture tells, 50 % does."""
 
@@ -73,7 +78,7 @@ class Ladder:
                 arch=arch, recipe=self.recipe.name, recipe_hash=self.recipe.recipe_hash, data=self.data.name,
                 data_hash=self.data.data_hash, seed=self.seed, rung=rung, curve=curve, diverged=result.diverged, versions=_versions(),
             )  # fmt: skip
-            self.records.append(record)
+            self._keep(record)
         if rung.apart:
             _remove(checkpoint)
         return record
@@ -95,8 +100,12 @@ class Ladder:
         record = AccuracyRecord.from_dict(values)
         if checkpoint is not None:
             replace_bytes(self.checkpoint(arch), checkpoint)
-        self.records.append(record)
+        self._keep(record)
         return record
+
+    def _keep(self, record: AccuracyRecord) -> None:
+        if not self.records.append(record):
+            log.warning("%s %s to %g: another process has recorded it meanwhile", TRAINED_TWICE, record.arch_id, record.rung)
 
     def record(self, arch: Arch, rung: float) -> AccuracyRecord | None:
         """What is on record for `arch` at `rung`, under this ladder's recipe, data and seed."""

@@ -145,20 +145,21 @@ class AccuracyRecords:
             self._read_bytes += len(line)
             self._records.setdefault(record.key, record)
 
-    def append(self, record: AccuracyRecord) -> None:
-        """Add `record` and wait until it is on disk. A record with the same key stays as it is."""
+    def append(self, record: AccuracyRecord) -> bool:
+        """Add `record` and wait until it is on disk. A record with the same key stays as it is; returns whether there was none."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(record.to_dict(), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self._lock:
             self._repair()
             self.refresh()
             if record.key in self._records:
-                return
+                return False
             with self.path.open("ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             self.refresh()
+        return True
 
     def _repair(self) -> None:
         """Cut off what follows the last newline: a line that a crash tore. Call with the lock held."""
