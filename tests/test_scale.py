@@ -428,10 +428,18 @@ def no_open_connections():
     gc.collect()
 
 
+def calm_search(tmp_path):
+    """What LowSearchSampler proposes in a study in a file: random networks, and networks that the models promise most of."""
+    found = fakes.search(tmp_path / "file", StudySettings(trials=3, workers=1))
+    reasons = [c.why.split()[0] for c in found if c.origin == "proposed"]
+    assert set(reasons) == {"diverse", "expected"}
+    return essence(found)
+
+
 @needs_postgres
 def test_a_study_on_a_server_searches_as_one_in_a_file(tmp_path, server):
-    calm = essence(fakes.search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
-    settings = StudySettings(trials=2, workers=1, sampler="random", storage=server.url)
+    calm = calm_search(tmp_path)
+    settings = StudySettings(trials=3, workers=1, storage=server.url)
     folder, namesake = tmp_path / "study", tmp_path / "other" / "study"
     namesake.parent.mkdir()
     assert essence(fakes.search(folder, settings)) == calm
@@ -512,14 +520,14 @@ def test_a_search_through_the_grpc_proxy_is_the_same(tmp_path):
     pytest.importorskip("grpc", reason='grpcio is not installed: pip install "lowsearch[grpc]"')
     from optuna.storages._grpc.server import make_server
 
-    calm = essence(fakes.search(tmp_path / "file", StudySettings(trials=2, workers=1, sampler="random")))
+    calm = calm_search(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     served = make_server(RDBStorage(f"sqlite:///{tmp_path / 'behind.db'}"), "127.0.0.1", port)
     served.start()
     try:
-        settings = StudySettings(trials=2, workers=1, sampler="random", storage=f"grpc://127.0.0.1:{port}")
+        settings = StudySettings(trials=3, workers=1, storage=f"grpc://127.0.0.1:{port}")
         assert essence(fakes.search(tmp_path / "study", settings)) == calm
         database_again = connect(settings.storage)
     finally:
