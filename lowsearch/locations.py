@@ -11,6 +11,8 @@ from typing import Literal
 
 from platformdirs import user_data_path
 
+from lowsearch.errors import StudyError
+
 Kind = Literal["search_spaces", "latency_tables", "studies", "insights", "supernets"]
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -28,6 +30,15 @@ def folders(kind: Kind) -> list[Path]:
 def find(kind: Kind, relative: str | Path) -> Path | None:
     """First existing file or folder `relative` among `folders(kind)`, or None."""
     return next((folder / relative for folder in folders(kind) if (folder / relative).exists()), None)
+
+
+def study_folder(name: str) -> Path:
+    """The study that a user calls `name`: a folder, or a name to be looked for. Raises StudyError where there is none."""
+    found = Path(name) if (Path(name) / "study.yaml").is_file() else find("studies", name)
+    if found is None or not (found / "study.yaml").is_file():
+        known = sorted({p.parent.name for folder in folders("studies") for p in folder.glob("*/study.yaml")})
+        raise StudyError(f"no study {name!r}", hint=f"known: {', '.join(known)}" if known else "lowsearch run --objective acc-latency")
+    return found
 
 
 def new(kind: Kind) -> Path:

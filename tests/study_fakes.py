@@ -26,6 +26,7 @@ from fake_tasks import misbehave
 from filelock import FileLock
 
 from lowsearch import cost
+from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.accuracy.scores import Scores
 from lowsearch.arch import Arch, Block
 from lowsearch.search.devices import Fleet, fit_scales, scales_from
@@ -36,10 +37,11 @@ from lowsearch.study.parts import FinalScore, Parts, ProxyAccuracy
 from lowsearch.study.run import Backend, run
 from lowsearch.study.settings import StudySettings, read_study_file
 from lowsearch.study.storage import candidates, enqueue, open_study, reclaim
+from lowsearch.study.warm_start import add_known
 from lowsearch.study.workers import leases, process
 from lowsearch.study.workers import worker as workers
 from lowsearch.study.workers.joining import join
-from lowsearch.train import Order
+from lowsearch.train import CurvePoint, Order
 
 SPACE = SearchSpace.load(os.environ.get("FAKE_SPACE", "lowformer-micro"))
 SCORE = SPACE.block_sums(np.array([[c.macs, c.params] for c in map(cost.of_block, SPACE.blocks)], dtype=float))
@@ -47,6 +49,8 @@ _sample = SPACE.sample(500, rng=np.random.default_rng(0))
 _features = np.column_stack([SPACE.features(_sample), np.log(SCORE(_sample))])
 CENTER, SPREAD = _features.mean(axis=0), np.maximum(_features.std(axis=0), 1e-9) * np.sqrt(_features.shape[1])
 RUNGS = (0.25, 0.5, 1.0)
+MADE = "made"
+"""Names the recipe and the data of all trainings."""
 STEP_S = float(os.environ.get("FAKE_STEP_S", "0"))
 """How long a rung takes."""
 leases.BEAT_S, leases.LEASE_S = (float(s) for s in os.environ.get("FAKE_BEAT_AND_LEASE_S", "10 90").split())
@@ -93,6 +97,7 @@ class FakeRecord:
     rung: float
     val_accuracy: float
     cpu_seconds: float
+    seed: int = 0
 
     @property
     def arch_id(self):
@@ -100,14 +105,20 @@ class FakeRecord:
 
 
 class FakeRecords:
-    """Lines of JSON, appended under a lock."""
+    """Lines of JSON as real records have them, appended under a lock."""
 
     def __init__(self, folder: Path):
         self.path = folder / "records.jsonl"
 
     def append(self, record: FakeRecord):
+        point = CurvePoint(
+            fraction=record.rung, step=1, train_loss=1.0, val_loss=1.0, val_accuracy=record.val_accuracy, cpu_seconds=record.cpu_seconds
+        )
+        line = AccuracyRecord(
+            arch=record.arch, recipe=MADE, recipe_hash=MADE, data=MADE, data_hash=MADE, seed=record.seed, rung=record.rung, curve=(point,)
+        ).to_dict()
         with FileLock(self.path.with_suffix(".lock")), self.path.open("a") as file:
-            file.write(json.dumps({**dataclasses.asdict(record), "arch": record.arch.to_dict()}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def read(self) -> list[FakeRecord]:
         if not self.path.exists():
@@ -117,8 +128,8 @@ class FakeRecords:
 
 @cache
 def parsed(line: str) -> FakeRecord:
-    values = json.loads(line)
-    return FakeRecord(**{**values, "arch": Arch.from_dict(values["arch"])})
+    record = AccuracyRecord.from_dict(json.loads(line))
+    return FakeRecord(record.arch, record.rung, record.val_accuracy, record.cpu_seconds, record.seed)
 
 
 class FakeTraining:
@@ -130,7 +141,7 @@ class FakeTraining:
         self.folder, self.seed, self.records = folder, seed, FakeRecords(folder)
 
     def record(self, arch, rung):
-        return {(r.arch_id, r.rung): r for r in self.records.read()}.get((arch.arch_id, rung))
+        return {(r.arch_id, r.rung, r.seed): r for r in self.records.read()}.get((arch.arch_id, rung, self.seed))
 
     def run(self, arch, rung):
         if (known := self.record(arch, rung)) is not None:
@@ -142,7 +153,7 @@ class FakeTraining:
     def _recorded(self, arch, rung, cpu_seconds):
         truth = float(true_accuracy(SPACE.encode(arch)[None])[0])
         accuracy = truth * (0.7 + 0.3 * rung) + noise(arch.arch_id, self.seed)
-        record = FakeRecord(arch, rung, accuracy, cpu_seconds=cpu_seconds)
+        record = FakeRecord(arch, rung, accuracy, cpu_seconds=cpu_seconds, seed=self.seed)
         self.records.append(record)
         return record
 
@@ -311,6 +322,8 @@ def make_parts(folder: Path, settings: StudySettings) -> Parts:
         },
         facts={
             "device_name": "a fake device",
+            "recipe_hash": settings.recipe or MADE,
+            "data_hash": settings.data or MADE,
             "images": {"train": 8000, "val": 1000, "test": 2000},
             **({"devices": devices} if fleet else {}),
         },
@@ -337,6 +350,7 @@ def search(folder, settings, name="worker-0.test", kind=workers.SearchWorker):
     plan = studies._opened(folder, settings, parts)
     study = open_study(folder, settings.objectives)
     reclaim(study)
+    add_known(folder, study, settings, parts)
     enqueue(study, SPACE, dict(SPACE.family), origin="family")
     worker = kind(folder, plan, parts, name=name, stopped=threading.Event(), clock=itertools.count().__next__)
     worker.run()

@@ -105,7 +105,7 @@ def test_other_images_recipes_and_spaces_do_not_merge(pair, tmp_path):
     other = make(tmp_path / "other", trials=1)
     values = yaml.safe_load((other / "study.yaml").read_text())
     (other / "study.yaml").write_text(yaml.safe_dump({**values, "data_hash": "another"}))
-    with pytest.raises(StudyError, match="hash of the data is None in one and another"):
+    with pytest.raises(StudyError, match="hash of the data is made in one and another"):
         merge(pair[0], other, tmp_path / "both")
     (other / "study.yaml").write_text(yaml.safe_dump(values))
     line = json.loads((pair[0] / "records.jsonl").read_text().splitlines()[0])

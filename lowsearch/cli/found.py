@@ -91,7 +91,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     if summary.get("exhausted"):
         tell("the search has ended early: no network within the limits is left to try")
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
-    tell(f"{summary['candidates']['complete']} networks scored, {summary['finalists']} finalists ({spent})")
+    known = f", {summary['known']} of them in earlier studies" if summary.get("known") else ""
+    tell(f"{summary['candidates']['complete']} networks scored{known}, {summary['finalists']} finalists ({spent})")
 
 
 def _slower(regret: float | None) -> float | None:

@@ -93,6 +93,12 @@ def run(
     trial_gpus: Annotated[
         float | None, typer.Option("--trial-gpus", help="GPUs of a task of Ray, as 0.25; default: 1 where it trains on GPUs.")
     ] = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--warm-start", metavar="STUDY", help="An earlier study of the same space, data and recipe to learn from; repeatable."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search: profile if needed, propose and train networks, then re-measure and train the front. The same command resumes."""
@@ -116,6 +122,7 @@ def run(
         "workers": workers, "recipe": recipe_typed(recipe, recipe_set), "rungs": rungs, "accuracy": accuracy, "final_seeds": final_seeds,
         "allow_stale": allow_stale, "train_device": train_device, "storage": without_password(storage),
         "engine": engine, "in_flight": in_flight, "trial_cpus": trial_cpus, "trial_gpus": trial_gpus,
+        "warm_start": tuple(dict.fromkeys(warm_start or ())),
     }  # fmt: skip
     stored = stored_settings(folder)
     if stored is None:

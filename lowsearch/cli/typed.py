@@ -83,11 +83,7 @@ def checked_study_name(name: str) -> str:
 def study_folder(name: str) -> Path:
     from lowsearch import locations
 
-    found = Path(name) if (Path(name) / "study.yaml").is_file() else locations.find("studies", name)
-    if found is None or not (found / "study.yaml").is_file():
-        known = sorted({p.parent.name for folder in locations.folders("studies") for p in folder.glob("*/study.yaml")})
-        raise StudyError(f"no study {name!r}", hint=f"known: {', '.join(known)}" if known else "lowsearch run --objective acc-latency")
-    return found
+    return locations.study_folder(name)
 
 
 def network_of_study(study: str, arch_id: str) -> tuple[Any, Mapping[str, Any]]:

@@ -53,6 +53,8 @@ MIN_TRIALS_FOR_SURROGATE = 8
 """Below this many finished trials, a sampler without an accuracy model spreads its proposals instead of guessing."""
 WHY = "why"
 """User attribute of a trial: why it was proposed, in words."""
+DIVERSE_START = "diverse start"
+"""How the reasons of the diverse start begin."""
 WHOLE_SCHEDULE = "whole_schedule"
 """User attribute of a trial: whether its network is to be trained to the end whatever it promises, because others are judged by it."""
 
@@ -219,7 +221,7 @@ class LowSearchSampler(BaseSampler):
             begun = sum(bool(t.user_attrs.get(WHOLE_SCHEDULE)) for t in own)
             due = begun < min(self.start, self.evolution.start_share * (len(own) + 1))
             if due and (genome := self.spread(self._random(rng), seen, index=begun)) is not None:
-                return Proposal(genome, f"diverse start, {begun + 1} of {self.start}: a random network of its latency", is_start=True)
+                return Proposal(genome, f"{DIVERSE_START}, {begun + 1} of {self.start}: a random network of its latency", is_start=True)
         accuracy = self._newest_accuracy(held, seen)
         if accuracy is None and ACCURACY_KEY in self.objectives.metrics:
             if (genome := self.spread(self._random(rng), seen, index=len(own))) is not None:

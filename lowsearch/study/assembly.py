@@ -281,7 +281,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         verify=verify if attached and can_time_beside_trainings(settings) else None,
         verifications=Verifications(folder / VERIFIED),
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
-        facts={**_facts(settings, table, data, stale=stale), **_device_facts(folder, settings, fleet)},
+        facts={**_facts(settings, table, data, schedule, stale=stale), **_device_facts(folder, settings, fleet)},
     )  # fmt: skip
 
 
@@ -374,7 +374,9 @@ def _device_facts(folder: Path, settings: StudySettings, fleet: Fleet | None) ->
     }  # fmt: skip
 
 
-def _facts(settings: StudySettings, table: LatencyTable, data: ImageData | None, *, stale: list[str]) -> dict[str, Any]:
+def _facts(
+    settings: StudySettings, table: LatencyTable, data: ImageData | None, schedule: Recipe | None, *, stale: list[str]
+) -> dict[str, Any]:
     """What study.yaml states beside the settings. `stale`: in what the table does not fit this machine."""
     facts: dict[str, Any] = {
         "device_name": table.context.device_name,
@@ -387,5 +389,6 @@ def _facts(settings: StudySettings, table: LatencyTable, data: ImageData | None,
         facts["prior"] = {**dataclasses.asdict(leave_one_out()), "relatives_rmse_points": RELATIVES_RMSE_POINTS}
     if data is not None:
         facts["data_hash"] = data.data_hash
+        facts |= {"recipe_hash": schedule.recipe_hash} if schedule is not None else {}
         facts["images"] = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
     return facts

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.trial import TrialState
 
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
-from lowsearch.search.foreign import gene_distributions
-from lowsearch.search.sampler import gene_indices
+from lowsearch.search.sampler import WHOLE_SCHEDULE
 from lowsearch.study.knowledge import RECIPE_FILE, SPACE_FILE, of_study, settings_of, table_files
 from lowsearch.study.run import CLOCK, Clock, locked, write_study_file
 from lowsearch.study.settings import EXTENSIBLE, StudySettings, read_study_file
-from lowsearch.study.storage import DATABASE, SERVER_STUDY, candidates, has_database, open_study
+from lowsearch.study.storage import DATABASE, KNOWN_FROM, SERVER_STUDY, add_scored, candidates, has_database, open_study
 
-MAY_DIFFER = (*EXTENSIBLE, "seed", "sampler", "space", "storage")
+MAY_DIFFER = (*EXTENSIBLE, "seed", "sampler", "space", "storage", "warm_start")
 """`space` is compared by what it says, not by its name or path."""
+KEPT = ("origin", "name", "score", "why", WHOLE_SCHEDULE, KNOWN_FROM)
+"""Attributes of a trial that it keeps."""
 
 
 def merge(first: Path, second: Path, into: Path) -> dict[str, int]:
@@ -101,19 +101,15 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
             seen.add(c.genome.tobytes())
             trial = trials[c.number]
             mean = {metric: float(value[0]) for metric, value in estimator.estimate(c.genome[None]).mean.items()} | {"accuracy": c.accuracy}
-            attrs = {k: v for k, v in trial.user_attrs.items() if k in ("origin", "name", "score", "why")}
+            attrs = {k: v for k, v in trial.user_attrs.items() if k in KEPT}
             if not np.isnan(c.elapsed_s):
                 attrs["elapsed_s"] = round(c.elapsed_s + earlier_s, 2)
-            merged.add_trial(
-                optuna.trial.create_trial(
-                    params=gene_indices(c.genome, known.space), distributions=gene_distributions(known.space),
-                    values=[mean[metric] for metric in settings.objectives.metrics], user_attrs=attrs, constraints=trial.constraints,
-                )
-            )  # fmt: skip
+            values = [mean[metric] for metric in settings.objectives.metrics]
+            add_scored(merged, known.space, c.genome, values=values, attrs=attrs, constraints=trial.constraints)
         counts[which] = len(new)
-    values: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace", SERVER_STUDY)}
-    values["settings"] = dataclasses.replace(settings, storage=None).to_dict()
+    stated: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace", SERVER_STUDY)}
+    stated["settings"] = dataclasses.replace(settings, storage=None).to_dict()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     # Last: without it the folder is no study.
-    write_study_file(folder, values | {"name": folder.name, "created": created, "merged_from": [first.name, second.name]})
+    write_study_file(folder, stated | {"name": folder.name, "created": created, "merged_from": [first.name, second.name]})
     return {**counts, "records": len(records)}

@@ -30,6 +30,7 @@ import optuna
 import yaml
 from filelock import FileLock, Timeout
 
+from lowsearch import locations
 from lowsearch.accuracy.agreement import agreement
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
@@ -56,6 +57,7 @@ from lowsearch.study.storage import (
     reclaim,
     set_search_open,
 )
+from lowsearch.study.warm_start import add_known, copy_known
 from lowsearch.study.workers.crew import MAX_CRASHES_IN_A_ROW, Crew, await_orphans, crashed_too_often
 from lowsearch.study.workers.database import connect
 from lowsearch.study.workers.engines import require_engine
@@ -108,6 +110,9 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
         stored = stored_settings(folder)
         if stored is not None:
             check_resumable(folder.name, stored, settings)
+        else:
+            for earlier in settings.warm_start:  # A mistyped name is told before anything is measured.
+                locations.study_folder(earlier)
         require_engine(settings.engine)
         if settings.storage is not None:
             connect(settings.storage, patience_s=0)  # Before anything is measured or written: a mistyped url is told at once.
@@ -119,6 +124,7 @@ def run(settings: StudySettings, folder: Path, *, progress: Progress | None = No
         study = open_study(folder, settings.objectives)
         with FileLock(folder / PROPOSAL_LOCK):
             reclaim(study)
+        add_known(folder, study, settings, parts)
         enqueue(study, parts.space, dict(parts.space.family), origin="family")
         run = _Run(folder, plan, parts, study, backend, clock, progress)
         with clock.running("search"):
@@ -174,6 +180,7 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
     axis = settings.objectives.spread_over
     costs = axis.cost(sample.mean[axis.metric])[excess(sample, settings.limits) == 0]
     edges = promotion.slice_edges(costs, float(axis.cost(np.array(reference[axis.metric]))))
+    known = copy_known(folder, settings, parts)
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -185,6 +192,7 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
         "versions": _versions("lowsearch", "optuna", "torch", "onnxruntime", "onnxruntime-gpu"),
         **({SERVER_STUDY: f"{folder.name}-{secrets.token_hex(4)}"} if settings.storage else {}),
         **parts.facts,
+        **known,
     }
 
 
@@ -350,7 +358,7 @@ class _Run:
         label = f"search: {scored} networks scored, hypervolume {self._hypervolume:.3f}"
         trials, budget_s = self._plan.settings.trials, self._plan.settings.search_budget_s
         if trials is not None:
-            total = trials + len(self._parts.space.family)
+            total = trials + sum(c.origin == "family" or bool(c.known_from) for c in found)
             self._progress(min(scored, total), total, label)
         elif budget_s is not None:
             self._progress(int(min(self._clock.seconds("search"), budget_s)), int(budget_s), label)
@@ -429,6 +437,7 @@ class _Run:
             "hypervolume": self._hypervolume,
             "candidates": dict(Counter(c.state for c in found)),
             "scored": dict(Counter(scored)),
+            "known": sum(bool(c.known_from) for c in found),
             "exhausted": is_exhausted(self._study),
             "finalists": len(rows),
             "front": sum(row["on_front"] for row in rows),

@@ -80,6 +80,8 @@ class StudySettings:
     """CPUs that a task of Ray takes, and from 2 on the threads it trains on."""
     trial_gpus: float | None = None
     """GPUs that a task of Ray takes; None for 1 where networks are trained on GPUs, else 0."""
+    warm_start: tuple[str, ...] = ()
+    """Earlier studies, by name or folder, whose trainings the study began with (`warm_start.py`)."""
 
     def __post_init__(self) -> None:
         parse_objectives(self.objective)
@@ -121,6 +123,11 @@ class StudySettings:
             )
         if self.storage is not None:
             check_url(self.storage)
+        if self.warm_start and not self.trains:
+            raise UsageError(
+                "a study that trains nothing has no use for the trainings of others",
+                hint="leave out --warm-start, or search by acc without --accuracy",
+            )
         if self.stand_in and any(limit.metric == "accuracy" for limit in self.limits):
             raise UsageError(f"accuracy has a limit, but --accuracy {self.accuracy} measures none", hint="drop the limit or --accuracy")
 
@@ -128,6 +135,12 @@ class StudySettings:
     def stand_in(self) -> str:
         """`accuracy_source` of what stands in for accuracy; empty where networks are trained."""
         return STAND_INS.get(self.accuracy or "", "")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the search trains networks."""
+        asked = (*self.objectives.metrics, *(limit.metric for limit in self.limits))
+        return "accuracy" in asked and not self.stand_in
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -183,6 +196,7 @@ class StudySettings:
         values = dataclasses.asdict(self)
         bounds = {side: [f"{x.name}={x.bound!r}" for x in self.limits if x.side == side] for side in ("max", "min")}
         values["limits"] = {**bounds, "confidence": self.confidence}
+        values["warm_start"] = list(self.warm_start)
         return values
 
     @classmethod
@@ -190,7 +204,8 @@ class StudySettings:
         """Inverse of `to_dict`. Raises StudyError on unknown or missing settings."""
         # Studies from before there was a choice have none.
         engine = {"engine": "local", "in_flight": None, "trial_cpus": 1.0, "trial_gpus": None}
-        values = {"rungs": DEFAULT_RUNGS, "allow_stale": False, "train_device": "cpu", "storage": None, **engine, **values}
+        later = {"rungs": DEFAULT_RUNGS, "allow_stale": False, "train_device": "cpu", "storage": None, "warm_start": []}
+        values = {**later, **engine, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         for kind, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
             if wrong:
@@ -199,7 +214,10 @@ class StudySettings:
         if not isinstance(limits, Mapping) or set(limits) != {"max", "min", "confidence"}:
             raise StudyError(f"limits are {limits!r}, expected lists max and min, and confidence")
         parsed = parse_limits(maxima=limits["max"], minima=limits["min"], confidence=limits["confidence"])
-        return cls(**{**values, "limits": parsed})
+        earlier = values["warm_start"]
+        if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
+            raise StudyError(f"warm_start is {earlier!r}, expected a list of studies")
+        return cls(**{**values, "limits": parsed, "warm_start": tuple(earlier)})
 
 
 _ENGINE = ("engine", "in_flight", "trial_cpus", "trial_gpus")
@@ -228,6 +246,8 @@ def _as_flags(name: str, value: Any) -> str:
         flags = [f"--{x.side} {x.name}={x.bound:g}" for x in value]
         confidences = {x.confidence for x in value} - {DEFAULT_CONFIDENCE}
         return " ".join([*flags, *(f"--confidence {confidence:g}" for confidence in confidences)])
+    if name == "warm_start":
+        return " ".join(f"--warm-start {study}" for study in value)
     return f"--{name.replace('_', '-')} {value}" if value is not None else ""
 
 

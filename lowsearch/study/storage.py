@@ -9,7 +9,7 @@ with the parameters it already has: it is the next to run, so a study that was k
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from sqlalchemy import event
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
+from lowsearch.search.foreign import gene_distributions
 from lowsearch.search.objectives import Objectives
 from lowsearch.search.sampler import gene_indices
 from lowsearch.space import SearchSpace
@@ -42,6 +43,8 @@ MAX_DEATHS = 2
 
 _LOCK_TIMEOUT_S = 120
 
+KNOWN_FROM = "known_from"
+"""Attribute of a trial that was not run here: the earlier study that its network is known from."""
 _EXHAUSTED = "exhausted"
 _OPEN = "search_open"
 
@@ -131,6 +134,24 @@ def enqueue(study: optuna.Study, space: SearchSpace, networks: dict[str, Arch], 
             study.enqueue_trial(gene_indices(space.encode(arch), space), user_attrs={"origin": origin, "name": name})
 
 
+def add_scored(
+    study: optuna.Study,
+    space: SearchSpace,
+    genome: np.ndarray,
+    *,
+    values: Sequence[float],
+    attrs: Mapping[str, Any],
+    constraints: Mapping[str, float],
+) -> None:
+    """Add a network that another study scored as a finished trial. `genome`: canonical, (n_genes,)."""
+    study.add_trial(
+        optuna.trial.create_trial(
+            params=gene_indices(genome, space), distributions=gene_distributions(space), values=list(values), user_attrs=dict(attrs),
+            constraints=dict(constraints),
+        )
+    )  # fmt: skip
+
+
 def crew_of(worker: str) -> str:
     """Whose child a worker is, by its name `worker-SLOT@CREW.TOKEN`; empty for those of `lowsearch run` itself, without `@CREW`."""
     return worker.partition(".")[0].partition("@")[2]
@@ -197,6 +218,8 @@ class Candidate:
     """Seconds of search when it was finished."""
     why: str = ""
     """Why it was proposed, and why its training stopped early."""
+    known_from: str = ""
+    """The earlier study that trained it; empty for what this one did."""
 
 
 def candidates(study: optuna.Study, space: SearchSpace) -> list[Candidate]:
@@ -223,6 +246,7 @@ def candidates(study: optuna.Study, space: SearchSpace) -> list[Candidate]:
                 val_accuracy=_number(score.get("val_accuracy")),
                 elapsed_s=float(attrs.get("elapsed_s", np.nan)),
                 why="; ".join(filter(None, (attrs.get("why", ""), score.get("stopped", "")))),
+                known_from=attrs.get(KNOWN_FROM, ""),
             )  # fmt: skip
         )
     return found
@@ -264,9 +288,12 @@ def nothing_to_start(study: optuna.Study, trials: int | None) -> bool:
 
 
 def n_proposals(study: optuna.Study) -> int:
-    """Proposals that count as trials: scored, in work, or waiting to be taken up again; not the family, not what was pruned or failed."""
+    """Proposals that count as trials: scored, in work, or waiting to be taken up again; not the family, nor what was known before, pruned
+    or failed.
+    """
     counted = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-    return sum(t.user_attrs.get("origin") != "family" for t in study.get_trials(deepcopy=False, states=counted))
+    found = [t.user_attrs for t in study.get_trials(deepcopy=False, states=counted)]
+    return sum(attrs.get("origin") != "family" and not attrs.get(KNOWN_FROM) for attrs in found)
 
 
 def _number(value: float | None) -> float:

@@ -106,8 +106,7 @@ class SearchWorker:
         self._objectives = plan.settings.objectives
         self._reference = plan.reference_costs
         self._stand_in = stand_in_of(plan.settings, parts.space)
-        asked = self._objectives.metrics + tuple(limit.metric for limit in plan.settings.limits)
-        self._training = parts.training() if "accuracy" in asked and self._stand_in is None and parts.training else None
+        self._training = parts.training() if plan.settings.trains and parts.training else None
         self._study = open_study(folder, self._objectives, url=url, patience_s=PATIENCE_S)
         self._proposer = plan.settings.sampler
         self._study.sampler = self._sampler(self._proposer)
