@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from lowsearch import cli
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
 from lowsearch.latency.predictor import LatencyPredictor
+from lowsearch.latency.table import BlockLatency
+from lowsearch.search.objectives import parse_limits
+from lowsearch.search.verification import VERIFIED, Verification, Verifications
 from lowsearch.study import run as studies
 from lowsearch.study.merging import merge
 from lowsearch.study.settings import StudySettings, stored_settings
@@ -25,6 +30,7 @@ from lowsearch.study.workers.worker import SearchWorker
 TINY_SPACE = Path(__file__).with_name("tiny_space.yaml")
 SPACE = fakes.SPACE
 RECORDS = made.records_of(SPACE, 12)
+OBJECTIVES = StudySettings().objectives
 
 
 def make(folder, *, records=(), trials=4, **changes):
@@ -68,6 +74,45 @@ def test_a_merger_holds_what_either_scored_once_with_latencies_of_one_table(pair
         assert trial.values[1] == pytest.approx(predictor.predict(c.genome[None])[0][0])
     assert {r.arch_id for r in AccuracyRecords(tmp_path / "both" / "records.jsonl")} == {r.arch_id for r in RECORDS}
     assert json.loads((tmp_path / "both" / "clock.json").read_text()) == {"search": 20.0}
+
+
+def verified(genome, latency_ms):
+    arch_id = SPACE.decode(genome).arch_id
+    return Verification(
+        arch_id=arch_id, genome=tuple(map(int, genome)), latency_ms=latency_ms, latency_std_ms=0.01 * latency_ms, predicted_latency_ms=1.0,
+        predicted_latency_std_ms=0.1, pace=1.2, anchor_ratios=(1.2,), samples_ms=((1.2 * latency_ms,),),
+    )  # fmt: skip
+
+
+def test_what_either_measured_is_not_forgotten_and_stands_at_the_pace_of_the_first_table(pair, tmp_path):
+    one, two = (shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
+    table = made.table_of(SPACE)
+    twice = {b: BlockLatency(hot_ms=2 * t.hot_ms, warm_ms=2 * t.warm_ms, cold_ms=2 * t.cold_ms) for b, t in table.entries.items()}
+    dataclasses.replace(table, entries=twice).save(tmp_path / "slow").replace(two / "latency_table.jsonl")
+    genomes = [c.genome for c in found_in(two).values()]
+    shared = next(g for g in genomes if g.tobytes() in found_in(one))
+    alone = next(g for g in genomes if g.tobytes() not in found_in(one))
+    pruned = next(g for g in SPACE.all_genomes() if g.tobytes() not in {**found_in(one), **found_in(two)})
+    Verifications(one / VERIFIED).append(verified(shared, 7.0))
+    for genome, ms in ((shared, 16.0), (alone, 10.0), (pruned, 30.0)):
+        Verifications(two / VERIFIED).append(verified(genome, ms))
+    merge(one, two, tmp_path / "both")
+    found = Verifications(tmp_path / "both" / VERIFIED)
+    assert [found.of(g).latency_ms for g in (shared, alone, pruned)] == pytest.approx([7.0, 5.0, 15.0])
+    assert (found.of(alone).latency_std_ms, found.of(alone).pace) == pytest.approx((0.05, 2.4))
+    trials = open_study(tmp_path / "both", OBJECTIVES).get_trials()
+    values = {genome: trial.values[1] for genome, trial in zip(found_in(tmp_path / "both"), trials, strict=True)}
+    assert (values[shared.tobytes()], values[alone.tobytes()]) == pytest.approx((7.0, 5.0))
+
+
+def test_a_network_that_the_other_measured_over_the_limit_is_not_within_it(tmp_path):
+    limits = parse_limits(maxima=["latency_ms=1"])
+    one, two = make(tmp_path / "one", limits=limits), make(tmp_path / "two", limits=limits, trials=1)
+    genome = next(iter(found_in(one).values())).genome
+    Verifications(two / VERIFIED).append(verified(genome, 1.1))
+    merge(one, two, tmp_path / "both")
+    broken = [t.constraints["limits"] for t in open_study(tmp_path / "both", OBJECTIVES).get_trials()]
+    assert broken[0] == pytest.approx(0.1) and set(broken[1:]) == {0.0}
 
 
 def test_a_merged_study_goes_on_and_does_not_propose_what_either_tried(pair, tmp_path, monkeypatch):

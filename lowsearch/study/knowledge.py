@@ -27,7 +27,8 @@ from lowsearch.latency.profile import usable_table
 from lowsearch.latency.table import LatencyTable, default_runtime
 from lowsearch.latency.target import Target, resolve_device, resolve_target
 from lowsearch.search.devices import Fleet, fit_scales, scales_from
-from lowsearch.search.estimates import AccuracyModel, Estimator
+from lowsearch.search.estimates import AccuracyModel, Estimator, LatencyModel
+from lowsearch.search.verification import Verifications, VerifiedLatency
 from lowsearch.space import SearchSpace
 from lowsearch.study.parts import stand_in_of
 from lowsearch.study.settings import StudySettings, read_study_file, stored_settings
@@ -73,10 +74,16 @@ class Knowledge:
     @property
     def estimator(self) -> Estimator:
         """Scores populations of the space, on the table's target."""
+        return self._estimator(self.latency)
+
+    def estimator_with(self, verifications: Verifications) -> Estimator:
+        """As `estimator`, with the measured latency of networks that were verified."""
+        return self._estimator(VerifiedLatency(self.latency, verifications))
+
+    def _estimator(self, latency: LatencyModel) -> Estimator:
         target = self.latency.table.target
-        return Estimator(
-            self.space, self.fleet or self.latency, batch=target.batch, precision=target.precision, energy=fit_energy(self.latency)
-        )  # fmt: skip
+        latency = latency if self.fleet is None else self.fleet.with_first(latency)
+        return Estimator(self.space, latency, batch=target.batch, precision=target.precision, energy=fit_energy(self.latency))
 
 
 def targets_of(settings: StudySettings) -> tuple[Target, ...]:

@@ -18,8 +18,12 @@ from optuna.trial import TrialState
 
 from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
+from lowsearch.latency.pace import pace_since
+from lowsearch.latency.table import LatencyTable
+from lowsearch.search.estimates import excess
 from lowsearch.search.sampler import WHOLE_SCHEDULE
-from lowsearch.study.knowledge import RECIPE_FILE, SPACE_FILE, of_study, settings_of, table_files
+from lowsearch.search.verification import VERIFIED, Verifications
+from lowsearch.study.knowledge import RECIPE_FILE, SPACE_FILE, TABLE_FILE, of_study, settings_of, table_files
 from lowsearch.study.run import CLOCK, Clock, locked, write_study_file
 from lowsearch.study.settings import EXTENSIBLE, StudySettings, read_study_file
 from lowsearch.study.storage import DATABASE, KNOWN_FROM, SERVER_STUDY, add_scored, candidates, has_database, open_study
@@ -33,8 +37,9 @@ KEPT = ("origin", "name", "score", "why", WHOLE_SCHEDULE, KNOWN_FROM)
 def merge(first: Path, second: Path, into: Path) -> dict[str, int]:
     """Make the study `into` of the scored networks and the records of two others; returns how many came from each.
 
-    Settings, latency table and reference point are the first's, and latencies are predicted again by its table. A network that both
-    scored is kept as the first scored it; the trainings of both are on record. Raises StudyError where the two do not compare, where
+    Settings, latency table and reference point are the first's, and latencies are predicted again by its table, but for networks that
+    either had measured before their training. A network that both scored is kept as the first scored it; the trainings of both are on
+    record. Raises StudyError where the two do not compare, where
     one is being run, and where `into` exists.
     """
     if into.exists():
@@ -91,8 +96,9 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
     clocks = [Clock(source / CLOCK).seconds("search") for source in (first, second)]
     (folder / CLOCK).write_text(json.dumps({"search": sum(clocks)}) + "\n", encoding="utf-8")
     known = of_study(first, settings)
+    verifications = _merge_verified(first, second, folder)
     merged = open_study(folder, settings.objectives)
-    estimator, seen, counts = known.estimator, set(), {}
+    estimator, seen, counts = known.estimator_with(verifications), set(), {}
     for which, source, earlier_s in (("first", first, 0.0), ("second", second, clocks[0])):
         study = open_study(source, settings.objectives)
         trials = {trial.number: trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
@@ -100,12 +106,14 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
         for c in new:
             seen.add(c.genome.tobytes())
             trial = trials[c.number]
-            mean = {metric: float(value[0]) for metric, value in estimator.estimate(c.genome[None]).mean.items()} | {"accuracy": c.accuracy}
+            estimates = estimator.estimate(c.genome[None])
+            mean = {metric: float(value[0]) for metric, value in estimates.mean.items()} | {"accuracy": c.accuracy}
             attrs = {k: v for k, v in trial.user_attrs.items() if k in KEPT}
             if not np.isnan(c.elapsed_s):
                 attrs["elapsed_s"] = round(c.elapsed_s + earlier_s, 2)
             values = [mean[metric] for metric in settings.objectives.metrics]
-            add_scored(merged, known.space, c.genome, values=values, attrs=attrs, constraints=trial.constraints)
+            broken = {name: float(excess(estimates, settings.limits)[0]) for name in trial.constraints}
+            add_scored(merged, known.space, c.genome, values=values, attrs=attrs, constraints=broken)
         counts[which] = len(new)
     stated: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace", SERVER_STUDY)}
     stated["settings"] = dataclasses.replace(settings, storage=None).to_dict()
@@ -113,3 +121,18 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
     # Last: without it the folder is no study.
     write_study_file(folder, stated | {"name": folder.name, "created": created, "merged_from": [first.name, second.name]})
     return {**counts, "records": len(records)}
+
+
+def _merge_verified(first: Path, second: Path, folder: Path) -> Verifications:
+    """What either measured before training; the second's is brought to the pace of the first's table, by the blocks that both hold."""
+    merged = Verifications(folder / VERIFIED)
+    here, there = (LatencyTable.load(source / TABLE_FILE).entries for source in (first, second))
+    both = [block for block in here if block in there]
+    pace = pace_since([here[block].hot_ms for block in both], [there[block].hot_ms for block in both])
+    found = dict(Verifications(first / VERIFIED).found())
+    for genome, v in Verifications(second / VERIFIED).found().items():
+        moved = dataclasses.replace(v, latency_ms=v.latency_ms * pace, latency_std_ms=v.latency_std_ms * pace, pace=v.pace / pace)
+        found.setdefault(genome, moved)
+    for verification in found.values():
+        merged.append(verification)
+    return merged
