@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from lowsearch.errors import StudyError
 from lowsearch.search import feasible
 from lowsearch.search.estimates import Estimator, excess
 from lowsearch.search.objectives import parse_limits
+from lowsearch.search.sampler import LowSearchSampler
 from lowsearch.space import SearchSpace, _slots
 from lowsearch.study import run as studies
+from lowsearch.study.finalists import train_planned
 from lowsearch.study.settings import StudySettings
-from lowsearch.study.storage import candidates, enqueue, is_exhausted, open_study, reclaim
+from lowsearch.study.storage import candidates, enqueue, is_exhausted, nothing_to_start, open_study, reclaim, why_ended
+from lowsearch.study.workers import crew
 from lowsearch.study.workers.conductor import Conductor
 from lowsearch.study.workers.worker import SearchWorker
 
@@ -98,20 +102,43 @@ def test_a_space_too_large_to_try_whole_is_refused_with_its_size_and_what_to_do(
 
 def test_our_sampler_ends_as_well_when_nothing_is_left(tmp_path):
     study = search(tmp_path / "study", StudySettings(trials=1000, workers=1, limits=LIMITS))
-    assert set(genomes_of(study)) <= within_limits()
-    assert is_exhausted(study)
-    assert len(genomes_of(study)) > 0.8 * len(within_limits())
+    found = set(genomes_of(study))
+    assert found <= within_limits() and len(found) > 0.8 * len(within_limits())
+    assert is_exhausted(study) == (found == within_limits())
+    assert why_ended(study)
 
 
-@pytest.mark.parametrize("kind", [SearchWorker, partial(Conductor, engine=None)], ids=["worker", "conductor"])
-def test_a_search_of_a_space_too_large_to_go_through_ends_where_the_sampler_finds_nothing_untried(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_miss_in_a_space_too_large_to_list_is_no_proof_and_the_next_run_looks_again(tmp_path, monkeypatch, in_flight):
     monkeypatch.setattr(feasible, "MAX_LISTED", 0)
-    folder, settings = tmp_path / "study", StudySettings(trials=1000, workers=1, limits=LIMITS)
-    fakes.search(folder, settings, kind=kind)
+    monkeypatch.setenv("FAKE_SPACE", str(TESTS / "tiny_space.yaml"))
+    evolve, folder = LowSearchSampler._evolve, tmp_path / "study"
+    blind = []
+
+    def seeing_nothing(self, *arguments):
+        limits, self.limits = self.limits, (parse_limits(maxima=["macs=1"]) if blind else self.limits)
+        try:
+            return evolve(self, *arguments)
+        finally:
+            self.limits = limits
+
+    monkeypatch.setattr(LowSearchSampler, "_evolve", seeing_nothing)
+    settings = StudySettings(trials=6, workers=1, in_flight=in_flight, limits=parse_limits(maxima=["latency_ms=0.5"]))
+    kind = SearchWorker if in_flight == 1 else partial(Conductor, engine=None)
+    blind.append(True)
+    found = fakes.search(folder, settings, kind=kind)
     study = open_study(folder, settings.objectives)
-    assert is_exhausted(study)
-    assert set(genomes_of(study)) <= within_limits() and len(genomes_of(study)) > 0.8 * len(within_limits())
-    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    assert not is_exhausted(study)
+    assert re.match(r"no further network that keeps the limits was found among the [\d,]+ candidates", why_ended(study))
+    assert nothing_to_start(study, 6) and {c.state for c in found} == {"complete"} and len(found) < 6 + len(TINY.family)
+    blind.clear()
+    with pytest.MonkeyPatch.context() as patched:  # Nothing to search: the run ends with its finals, and says why.
+        patched.setattr(crew.Crew, "start_missing", lambda self, job, **_: train_planned(folder, fakes.make_parts(folder, settings)))
+        result = studies.run(settings, folder, backend=fakes.backend())
+    assert not result.summary["exhausted"] and "looks again" in result.summary["search_ended"]
+    assert why_ended(study) == ""
+    found = fakes.search(folder, settings, kind=kind)
+    assert Counter(c.state for c in found) == {"complete": 6 + len(TINY.family)}
 
 
 def test_a_whole_run_that_exhausts_its_space_goes_on_to_its_finals(tmp_path, monkeypatch):

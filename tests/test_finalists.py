@@ -13,6 +13,8 @@ import pytest
 import study_fakes as fakes
 
 from lowsearch.arch import Arch
+from lowsearch.cli.found import print_summary
+from lowsearch.report.page import build_report
 from lowsearch.search import pareto
 from lowsearch.search.objectives import parse_limits
 from lowsearch.study.finalists import (
@@ -25,8 +27,18 @@ from lowsearch.study.finalists import (
     trainings_done,
     write_finals,
 )
+from lowsearch.study.run import run
 from lowsearch.study.settings import StudySettings
-from lowsearch.study.shortlist import MAX_SHORTLISTED, Measurement, Measurements, _draws, measure, shortlist, write_shortlist
+from lowsearch.study.shortlist import (
+    MAX_SHORTLISTED,
+    Measurement,
+    Measurements,
+    _draws,
+    measure,
+    shortlist,
+    why_none_is_left,
+    write_shortlist,
+)
 from lowsearch.study.storage import Candidate
 
 SPACE = fakes.SPACE
@@ -306,7 +318,36 @@ def test_who_is_chosen_goes_by_what_was_measured():
     chosen = {f.arch_id for f in proposals(chosen_from(found, settings, Measurements(networks=rows)))}
     assert chosen and not chosen & set(slow)
     all_slow = Measurements(networks={arch_id: Measurement(1.2 * limit_ms, 0.001, limit_ms) for arch_id in rows})
-    assert proposals(chosen_from(found, settings, all_slow)), "where none keeps the limit, the front is still shown"
+    assert not proposals(chosen_from(found, settings, all_slow))
+    assert [f.name for f in chosen_from(found, settings, all_slow)] == list(SPACE.family)
+
+
+def test_where_no_network_keeps_its_limits_one_line_names_the_nearest():
+    settings = dataclasses.replace(SETTINGS, limits=parse_limits(maxima=["latency_ms=0.4", "energy_mj=2"]))
+    ids = [SPACE.decode(c.genome).arch_id for c in make_candidates(3) if c.origin == "proposed"]
+    member = next(iter(SPACE.family.values())).arch_id
+
+    def measured(*rows):
+        own = {i: Measurement(ms, 0.001, ms, energy_mj=mj) for i, (ms, mj) in zip(ids, rows, strict=True)}
+        return Measurements(networks={member: Measurement(0.1, 0.001, 0.1, energy_mj=1.0), **own})
+
+    why = why_none_is_left(settings, parts(), measured((0.5, 1.0), (0.42, 2.1), (0.1, 2.3)))
+    assert why.startswith("all 3 shortlisted networks broke a limit")
+    assert f"the nearest, {ids[1]}, takes 0.42 ms and breaks latency_ms <= 0.4 by 5.0 %, energy_mj <= 2 by 5.0 %" in why
+    assert why_none_is_left(settings, parts(), measured((0.5, 1.0), (0.4, 2.0), (0.1, 2.3))) == ""
+    assert why_none_is_left(settings, parts(), Measurements()) == ""
+
+
+def test_a_study_whose_proposals_all_broke_their_limit_ends_with_the_family_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fakes, "measure", lambda archs, progress: [fakes.FakeMeasured(9.0, 0.001) for _ in archs])
+    settings = StudySettings(trials=2, workers=1, limits=parse_limits(maxima=["latency_ms=0.5"]))
+    result = run(settings, tmp_path / "study", backend=fakes.backend())
+    names = {row["name"] for row in rows_of(tmp_path / "study" / "finalists.csv")}
+    assert names <= set(SPACE.family)
+    assert result.summary["none_kept"] in caplog.messages and "\n" not in result.summary["none_kept"]
+    print_summary(result.summary)
+    page = build_report(tmp_path / "study").read_text()
+    assert "none of the search&#x27;s own is a finalist" in page
 
 
 # The files

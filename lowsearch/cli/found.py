@@ -77,10 +77,12 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         worst = f", the worst by {100 * verified['worst_excess']:.1f} %; those were not trained" if verified["over"] else ""
         tell(f"candidates near the latency limit, measured before training: {verified['networks']}; over it: {verified['over']}{worst}")
     limit = summary["limit"]
-    if limit["broken"]:
+    if summary.get("none_kept"):
+        tell(f"{summary['none_kept']}; hint: another study with a looser limit, or with a higher --confidence")
+    elif limit["broken"]:
         tell(
             f"{limit['broken']} of {limit['limited']} shortlisted networks broke the latency limit when measured, "
-            f"the worst by {100 * limit['worst_excess']:.1f} %; a network over it is trained only where none keeps it"
+            f"the worst by {100 * limit['worst_excess']:.1f} %; those are no finalists"
         )
     elif limit["limited"]:
         tell(f"all {limit['limited']} shortlisted networks kept the latency limit when measured")
@@ -88,8 +90,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     if pace is not None and abs(pace - 1) >= 0.02:
         change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"
         tell(f"the machine was {change} when it measured the shortlist than when it measured the table")
-    if summary.get("exhausted"):
-        tell("the search has ended early: no network within the limits is left to try")
+    if summary["search_ended"]:
+        tell(f"the search has ended early: {summary['search_ended']}")
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
     known = f", {summary['known']} of them in earlier studies" if summary.get("known") else ""
     tell(f"{summary['candidates']['complete']} networks scored{known}, {summary['finalists']} finalists ({spent})")

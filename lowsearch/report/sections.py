@@ -70,7 +70,7 @@ def _header(study: StudyFiles) -> str:
 <div class="titlebar"><div><p class="eyebrow">lowsearch study</p><h1>{escape(study.name)}</h1></div>
 <button type="button" class="quiet" id="theme">Dark theme</button></div>
 <p class="lead">{lead}</p>
-{_progress_notice(study)}{_stale_notice(study)}{_steering_notice(study)}
+{_progress_notice(study)}{_stale_notice(study)}{_steering_notice(study)}{_end_notice(study)}
 <dl class="facts">{"".join(_fact(*fact) for fact in facts(study))}</dl>
 {_spent(study)}
 <noscript><p class="notice">The plots and the network panel need JavaScript; the tables do not.</p></noscript>
@@ -162,6 +162,11 @@ def _stale_notice(study: StudyFiles) -> str:
 def _steering_notice(study: StudyFiles) -> str:
     whys = filter(None, (study.summary.get(f"{signal}_ended") for signal in ("steering", "promotion")))
     return "".join(f'<p class="notice">In this study {escape(why)}.</p>' for why in whys)
+
+
+def _end_notice(study: StudyFiles) -> str:
+    why = [f"The search has ended early: {ended}" if (ended := study.summary.get("search_ended")) else "", study.summary.get("none_kept")]
+    return "".join(f'<p class="notice">{escape(text[0].upper() + text[1:])}.</p>' for text in why if text)
 
 
 def _spent(study: StudyFiles) -> str:

@@ -104,7 +104,12 @@ class Proposal(NamedTuple):
 
 
 class NothingLeftError(StudyError):
-    """No untried network that keeps the limits was found."""
+    """No untried network that keeps the limits was found. That none exists is proven only for a list of candidates."""
+
+    def __init__(self, message: str, *, hint: str | None = None, n_scored: int) -> None:
+        """`n_scored`: networks that were looked at."""
+        super().__init__(message, hint=hint)
+        self.n_scored = n_scored
 
 
 class LowSearchSampler(BaseSampler):
@@ -340,15 +345,18 @@ class LowSearchSampler(BaseSampler):
                 self.space.mutate(known[rng.integers(len(known), size=settings.initial)], rng=rng, rate=2 / self.space.n_genes)
             )
         pool = _Pool.of(np.vstack(population), self, gains, accuracy, estimator)
+        n_scored = len(pool.genomes)
         for _ in range(settings.generations if self._candidates is None else 0):
             parents = pool.take(pool.survivors(settings.parents, settings.niches, rng))
             first, second = rng.integers(len(parents.genomes), size=(2, settings.children))
             children = breed(self.space, parents.genomes, first, second, rng=rng)
-            pool = parents.joined(_Pool.of(children, self, gains, accuracy, estimator))
+            scored = _Pool.of(children, self, gains, accuracy, estimator)
+            n_scored += len(scored.genomes)
+            pool = parents.joined(scored)
         pool = pool.take(unseen_mask(pool.genomes, seen))
         feasible = pool.excess == 0
         if not feasible.any():
-            raise self._nothing_feasible(seen, accuracy, rng)
+            raise self._nothing_feasible(n_scored, accuracy, rng)
         pool = pool.take(feasible)
         draw, where = rng.random(), ""
         learns = settings.explore <= draw < settings.explore + settings.learn and pool.std.any()
@@ -370,19 +378,22 @@ class LowSearchSampler(BaseSampler):
         price = "" if self._train_cost is None else f" for a cost of {self._train_cost(pool.genomes[i : i + 1])[0]:.2g}"
         return Proposal(pool.genomes[i], f"expected gain {pool.gain[i]:.2g}{price}{where}")
 
-    def _nothing_feasible(self, seen: np.ndarray, accuracy: AccuracyModel | None, rng: np.random.Generator) -> NothingLeftError:
+    def _nothing_feasible(self, n_scored: int, accuracy: AccuracyModel | None, rng: np.random.Generator) -> NothingLeftError:
         limits = ", ".join(map(str, self.limits)) or "none"
         if self._candidates is not None:
             return NothingLeftError(
-                f"none of the {len(self._candidates):,} candidates is untried and keeps the limits ({limits})", hint="give more candidates"
+                f"none of the {len(self._candidates):,} candidates is untried and keeps the limits ({limits})",
+                hint="give more candidates",
+                n_scored=n_scored,
             )
         probe = self._estimator.estimate(self.space.sample(20_000, rng=rng), accuracy)
         reached = [(limit.name, of_limit(probe, limit)[0]) for limit in self.limits if limit.metric in probe.mean]
         reach = ", ".join(f"{name} {values.min():.3g} to {values.max():.3g}" for name, values in reached)
         return NothingLeftError(
-            f"no untried network of space {self.space.name!r} keeps the limits ({limits}) with the margin of the predictions",
-            hint=f"random networks reach {reach}" if reach else "choose a larger space",
-        )
+            f"no untried network of space {self.space.name!r} that keeps the limits ({limits}) with the margin of the predictions was "
+            f"found among {n_scored:,} candidates",
+            hint=f"random networks reach {reach}" if reach else "choose a larger space", n_scored=n_scored,
+        )  # fmt: skip
 
 
 class _NoisyGain:

@@ -27,7 +27,7 @@ from lowsearch.search.objectives import Metric
 from lowsearch.study.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
 from lowsearch.study.parts import FinalScore, Parts, Progress
 from lowsearch.study.settings import StudySettings
-from lowsearch.study.shortlist import Measurement, Measurements, best_cover, keeps_measured_limits, largest_allowed_ms, measure, shortlist
+from lowsearch.study.shortlist import Measurement, Measurements, best_cover, broken_limits, largest_allowed_ms, measure, shortlist
 from lowsearch.study.storage import Candidate
 from lowsearch.study.workers.engines import DiedError, Engine, Job
 from lowsearch.train.order import Order
@@ -111,15 +111,13 @@ def choose(
 ) -> list[Finalist]:
     """Of the shortlist the family, and up to MAX_PROPOSALS of the search's own networks: those that together cover most hypervolume.
 
-    A network that broke a limit when it was measured is out, unless all did. Where fewer than MIN_PROPOSALS add volume, the next best
-    fill up: trained again, about half of them turn out to be dominated.
+    A network that broke a limit when it was measured is out, though none be left (`shortlist.why_none_is_left`). Where fewer than
+    MIN_PROPOSALS add volume, the next best fill up: trained again, about half of them turn out to be dominated.
     """
     proposals = [c for c in listed if c.origin != "family"]
     found = [measured.networks.get(decode(parts.space, c.genome).arch_id) for c in proposals]
-    keeping = [c for c, m in zip(proposals, found, strict=True) if m is None or keeps_measured_limits(settings, m)]
-    chosen = best_cover(
-        settings, parts, keeping or proposals, measured, reference_costs, at_least=MIN_PROPOSALS, at_most=MAX_PROPOSALS
-    )  # fmt: skip
+    keeping = [c for c, m in zip(proposals, found, strict=True) if m is None or not broken_limits(settings, m)]
+    chosen = best_cover(settings, parts, keeping, measured, reference_costs, at_least=MIN_PROPOSALS, at_most=MAX_PROPOSALS)
     return [
         Finalist(
             arch=decode(parts.space, c.genome), name=c.name, origin=c.origin, rung=c.rung, estimated_accuracy=c.accuracy,

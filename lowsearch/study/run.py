@@ -45,17 +45,19 @@ from lowsearch.study.outputs import StudyFiles, decode
 from lowsearch.study.parts import Parts, Progress, stand_in_of
 from lowsearch.study.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
 from lowsearch.study.sharing import write_regret
-from lowsearch.study.shortlist import Measurements, write_shortlist
+from lowsearch.study.shortlist import Measurements, why_none_is_left, write_shortlist
 from lowsearch.study.storage import (
     SERVER_STUDY,
     Candidate,
     candidates,
     enqueue,
+    forget_miss,
     is_exhausted,
     nothing_to_start,
     open_study,
     reclaim,
     set_search_open,
+    why_ended,
 )
 from lowsearch.study.warm_start import add_known, copy_known
 from lowsearch.study.workers.crew import MAX_CRASHES_IN_A_ROW, Crew, await_orphans, crashed_too_often
@@ -382,10 +384,14 @@ class _Run:
         self._hypervolume = self._files.refresh(found)
         self._clock.tick(now=True)
         summary = self._summary(found, rows, measured)
+        if not any(f.origin != "family" for f in plan.finalists) and (why := why_none_is_left(settings, self._parts, measured)):
+            summary["none_kept"] = why
+            log.warning("%s", why)
         front = [row for row in rows if row["on_front"]]
         if (sharing := write_regret(self._folder, settings, self._parts, found, front)) is not None:
             summary["sharing"] = sharing
         write_atomically(self._folder / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
+        forget_miss(self._study)
         values = read_study_file(self._folder) or {}
         values |= {"spent_s": {phase: round(seconds, 1) for phase, seconds in self._clock.spent_s.items()}}
         write_study_file(self._folder, values | ({} if math.isnan(measured.pace) else {"pace": round(measured.pace, 4)}))
@@ -439,6 +445,7 @@ class _Run:
             "scored": dict(Counter(scored)),
             "known": sum(bool(c.known_from) for c in found),
             "exhausted": is_exhausted(self._study),
+            "search_ended": why_ended(self._study),
             "finalists": len(rows),
             "front": sum(row["on_front"] for row in rows),
             "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),

@@ -20,7 +20,7 @@ from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.latency.pace import pace_since
 from lowsearch.search import pareto
-from lowsearch.search.objectives import LATENCY_METRICS, of_latency
+from lowsearch.search.objectives import LATENCY_METRICS, Limit, of_latency
 from lowsearch.study.outputs import candidate_costs, decode, keeps_limits, write_csv
 from lowsearch.study.parts import Parts, Progress
 from lowsearch.study.settings import StudySettings
@@ -169,11 +169,28 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     return found
 
 
-def keeps_measured_limits(settings: StudySettings, measured: Measurement) -> bool:
-    """Whether a network is within the study's limits on what was measured of it: latency, throughput, time per image, energy."""
+def broken_limits(settings: StudySettings, measured: Measurement) -> dict[Limit, float]:
+    """The study's limits that a network breaks by what was measured of it (latency, throughput, time per image, energy), each by which
+    fraction of its bound.
+    """
     values = {metric: of_latency(metric, measured.latency_ms, settings.batch) for metric in LATENCY_METRICS}
     values |= {"energy_mj": measured.energy_mj}
-    return not any(float(limit.excess(np.array(values[limit.metric]))) > 0 for limit in settings.measured_limits if limit.metric in values)
+    excess = {x: float(x.excess(np.array(values[x.metric]))) / x.bound for x in settings.measured_limits if x.metric in values}
+    return {limit: by for limit, by in excess.items() if by > 0}
+
+
+def why_none_is_left(settings: StudySettings, parts: Parts, measured: Measurements) -> str:
+    """One line where each of the search's own networks broke a limit when it was measured, with the nearest; empty where one kept all."""
+    family = {arch.arch_id for arch in parts.space.family.values()}
+    broken = {arch_id: broken_limits(settings, m) for arch_id, m in measured.networks.items() if arch_id not in family}
+    if not broken or not all(broken.values()):
+        return ""
+    nearest = min(broken, key=lambda arch_id: max(broken[arch_id].values()))
+    misses = ", ".join(f"{limit} by {100 * by:.1f} %" for limit, by in broken[nearest].items())
+    return (
+        f"all {len(broken)} shortlisted networks broke a limit when they were measured, so none of the search's own is a finalist; the "
+        f"nearest, {nearest}, takes {measured.networks[nearest].latency_ms:.4g} ms and breaks {misses}"
+    )
 
 
 def largest_allowed_ms(settings: StudySettings) -> float:

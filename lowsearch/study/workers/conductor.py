@@ -20,7 +20,7 @@ from lowsearch.arch import Arch
 from lowsearch.search.sampler import NothingLeftError
 from lowsearch.study.outputs import decode
 from lowsearch.study.parts import Record
-from lowsearch.study.storage import candidates, set_exhausted
+from lowsearch.study.storage import candidates, set_missed
 from lowsearch.study.workers.engines import DiedError, Engine, HereEngine, Job
 from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
 from lowsearch.study.workers.worker import Score, SearchWorker
@@ -61,7 +61,7 @@ class Conductor(SearchWorker):
         self._at_once = 1 if engine is None else self._plan.settings.workers
         self._flights: list[_Flight] = []
         self._hidden: frozenset[str] = frozenset()
-        self._exhausted = False
+        self._found_none = False
 
     def run(self) -> None:
         """Run trials to the end of the search. What it holds when an error ends it is handed back by its parent."""
@@ -81,7 +81,7 @@ class Conductor(SearchWorker):
 
     def _fill(self) -> None:
         """Propose until so many trials are in flight as may be."""
-        while not (self._stopped.is_set() or self._exhausted) and len(self._flights) < self._plan.settings.n_ahead:
+        while not (self._stopped.is_set() or self._found_none) and len(self._flights) < self._plan.settings.n_ahead:
             with self._lock:
                 if self._enough():
                     return
@@ -101,11 +101,11 @@ class Conductor(SearchWorker):
                 trial.set_user_attr(KNOWS, knows_below)
             try:
                 genome, reason = self._proposal(trial)
-            except NothingLeftError:
+            except NothingLeftError as error:
                 if not self._flights and not any(c.state == "complete" for c in found):
                     raise
-                set_exhausted(self._study)
-                self._exhausted = True
+                set_missed(self._study, error.n_scored)
+                self._found_none = True
                 return
             if reason:
                 self._count_pruned(self._study, self._study.tell(trial, state=TrialState.PRUNED))

@@ -30,7 +30,7 @@ from lowsearch.search.verification import broken_limit, is_near_limit, verify
 from lowsearch.study.gate import SIGNALS, Gate
 from lowsearch.study.parts import Parts, Record, Scorer, stand_in_of
 from lowsearch.study.settings import StudySettings, read_study_file, stored_settings
-from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted
+from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted, set_missed
 from lowsearch.study.workers.database import PATIENCE_S
 from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
 from lowsearch.train import Rung
@@ -124,10 +124,11 @@ class SearchWorker:
                     return
                 self._judge_signals()
                 self._study.optimize(self._objective, n_trials=1, callbacks=[self._tidy, self._count_pruned])
-            except NothingLeftError:
-                if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            except Abandoned as abandoned:
+                missed = abandoned.__cause__  # Of the sampler, which Optuna asks when the trial needs its first gene.
+                if not isinstance(missed, NothingLeftError) or not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
                     raise
-                set_exhausted(self._study)
+                set_missed(self._study, missed.n_scored)
                 return
             except Overtaken:
                 logger.warning("a trial was handed to another worker; what was trained of it is on record")
@@ -185,7 +186,7 @@ class SearchWorker:
             trial.set_user_attr(WORKER, self._name)
             with kept(self._study._storage, trial._trial_id, self._name):
                 return self._judged(trial)
-        except (optuna.TrialPruned, NothingLeftError):
+        except optuna.TrialPruned:
             raise
         except Exception as error:
             raise Abandoned from error
