@@ -9,7 +9,17 @@ import typer
 from lowsearch.cli.found import print_front, print_sharing, print_summary
 from lowsearch.cli.options import JsonFlag, RecipeSetOption, SpaceOption
 from lowsearch.cli.output import print_json, progress_bar, tell
-from lowsearch.cli.typed import checked_study_name, one_value, parse_budget, recipe_typed, study_folder, was_typed, without_password
+from lowsearch.cli.typed import (
+    checked_study_name,
+    one_value,
+    parse_budget,
+    recipe_typed,
+    study_file,
+    study_folder,
+    was_typed,
+    without_password,
+)
+from lowsearch.errors import UsageError
 
 
 def run(
@@ -35,7 +45,15 @@ def run(
     ] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time to search, as 8m (default), 90s or 1h30m.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Networks to propose, instead of a time.")] = None,
-    study: Annotated[str | None, typer.Option("--study", help="Name of the study's folder; default: the objective.")] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", "--name", help="Name of the study's folder; default: the objective, or with --from X: X-again.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="STUDY", help="A new study by the settings of this one, or of a study.yaml; other options change them."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     maximum: Annotated[
         list[str] | None,
@@ -109,9 +127,13 @@ def run(
     from lowsearch.report.study_files import read_study
     from lowsearch.search.objectives import parse_limits
     from lowsearch.study.run import run as run_study
-    from lowsearch.study.settings import StudySettings, stored_settings
+    from lowsearch.study.settings import StudySettings, settings_in, stored_settings
 
-    folder = locations.new("studies") / checked_study_name(objective if study is None else study)
+    origin = None if source is None else study_file(source)
+    named = objective if origin is None else f"{origin.parent.name if origin.name == 'study.yaml' else origin.stem}-again"
+    folder = locations.new("studies") / checked_study_name(named if study is None else study)
+    if origin is not None and origin.resolve() == (folder / "study.yaml").resolve():
+        raise UsageError(f"{folder.name!r} is the study that --from names", hint="give the new one a name: --name NEW")
     asked: dict[str, Any] = {
         "device": ",".join(device or ["cpu"]), "runtime": ",".join(runtime) if runtime else None,
         "precision": one_value("precision", precision, "fp32"), "batch": one_value("batch", batch, 1),
@@ -124,12 +146,15 @@ def run(
         "engine": engine, "in_flight": in_flight, "trial_cpus": trial_cpus, "trial_gpus": trial_gpus,
         "warm_start": tuple(dict.fromkeys(warm_start or ())),
     }  # fmt: skip
-    stored = stored_settings(folder)
+    stored = stored_settings(folder) if origin is None else settings_in(origin)
     if stored is None:
         settings = StudySettings(**asked)
     else:  # A study goes on as it was made; only what was typed is asked of it anew.
         flags = {"limits": ("maximum", "minimum", "confidence"), "budget_s": ("budget",), "recipe": ("recipe", "recipe_set")}
         typed = {name for name in asked if any(was_typed(context, flag) for flag in flags.get(name, (name,)))}
+        if origin is not None:  # Another device has another runtime, and what was typed of the length is all of it.
+            typed |= {"runtime"} if "device" in typed else set()
+            typed |= {"budget_s", "trials"} if typed & {"budget_s", "trials"} else set()
         settings = dataclasses.replace(stored, **{name: asked[name] for name in typed})
     with progress_bar() as progress:
         result = run_study(settings, folder, progress=progress)

@@ -86,6 +86,11 @@ def study_folder(name: str) -> Path:
     return locations.study_folder(name)
 
 
+def study_file(name: str) -> Path:
+    """The study.yaml that a user means by a study's name or folder, or by the file itself."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else study_folder(name) / "study.yaml"
+
+
 def network_of_study(study: str, arch_id: str) -> tuple[Any, Mapping[str, Any]]:
     """A network of a study by its id or the beginning of it, and the study's settings."""
     found, settings = networks_of_study(study, [arch_id])

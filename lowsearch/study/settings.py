@@ -260,30 +260,35 @@ def _shown(value: Any) -> str:
 def read_study_file(folder: Path) -> dict[str, Any] | None:
     """The values of study.yaml, or None where the study does not exist yet. Raises StudyError on a damaged file."""
     path = folder / "study.yaml"
-    if not path.exists():
-        return None
+    return _read(path, hint=f"mend the file, or remove {folder}") if path.exists() else None
+
+
+def _read(path: Path, *, hint: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}", hint=f"mend the file, or remove {folder}") from error
+        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}", hint=hint) from error
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror}", hint="name a study, or a study.yaml") from error
     if not isinstance(values, dict) or values.get("schema") != SCHEMA or values.get("version") != VERSION:
         found = f"{values.get('schema')!r} version {values.get('version')!r}" if isinstance(values, dict) else type(values).__name__
-        raise StudyError(f"{path} is {found}, expected {SCHEMA!r} version {VERSION}", hint=f"start another study, or remove {folder}")
+        raise StudyError(f"{path} is {found}, expected {SCHEMA!r} version {VERSION}", hint=hint)
     return values
 
 
 def stored_settings(folder: Path) -> StudySettings | None:
     """The settings of the study in `folder`, or None where there is none yet. `lowsearch run --study NAME` starts from them."""
-    values = read_study_file(folder)
-    if values is None:
-        return None
-    settings = values.get("settings")
+    path = folder / "study.yaml"
+    return settings_in(path, hint=f"mend the file, or remove {folder}") if path.exists() else None
+
+
+def settings_in(path: Path, *, hint: str = "mend the file, or name another") -> StudySettings:
+    """The settings in a study.yaml, wherever it lies. Raises StudyError where it cannot be read, or is none."""
+    settings = _read(path, hint=hint).get("settings")
     if not isinstance(settings, Mapping):
-        raise StudyError(
-            f"{folder / 'study.yaml'}: settings are {settings!r}, expected a mapping", hint=f"mend the file, or remove {folder}"
-        )
+        raise StudyError(f"{path}: settings are {settings!r}, expected a mapping", hint=hint)
     try:
         return StudySettings.from_dict(settings)
     except (StudyError, UsageError, TypeError) as error:
         message = error.message if isinstance(error, StudyError | UsageError) else str(error)
-        raise StudyError(f"{folder / 'study.yaml'}: {message}", hint=f"mend the file, or remove {folder}") from error
+        raise StudyError(f"{path}: {message}", hint=hint) from error
