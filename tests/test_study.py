@@ -141,6 +141,7 @@ def test_plain_optuna_reads_values_genes_and_what_the_study_notes(searched):
     folder, found = searched
     study = optuna.load_study(study_name="lowsearch", storage=f"sqlite:///{folder / 'study.db'}")
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.metric_names == ["accuracy", "latency_ms"]
     for c, trial in zip(found, study.trials, strict=True):
         assert trial.values[0] == c.accuracy
         assert (SPACE.canonical(np.array([[trial.params[gene.name] for gene in SPACE.genes]], dtype=np.int8))[0] == c.genome).all()

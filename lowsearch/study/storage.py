@@ -9,6 +9,7 @@ with the parameters it already has: it is the next to run, so a study that was k
 from __future__ import annotations
 
 import sqlite3
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from filelock import FileLock
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -81,7 +82,12 @@ def open_study(
     storage = _file_storage(folder) if url is None else connect(url, patience_s=patience_s)
     if not join:
         directions = list(objectives.directions)
-        return optuna.create_study(storage=storage, study_name=name, directions=directions, sampler=sampler, load_if_exists=True)
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions, sampler=sampler, load_if_exists=True)
+        if study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna calls it so since 3.2.
+                study.set_metric_names(list(objectives.metrics))
+        return study
     try:
         return optuna.load_study(storage=storage, study_name=name, sampler=sampler)
     except KeyError as error:
