@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from optuna.trial import TrialState
 from tiny_fakes import fakes
 
 from lowsearch import cost
