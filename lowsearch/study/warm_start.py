@@ -87,7 +87,7 @@ def add_known(folder: Path, study: optuna.Study, settings: StudySettings, parts:
             continue
         accuracy, std = scorer.predict_record(record) if scorer else (record.val_accuracy, UNKNOWN_STD)
         mean = {metric: float(values[0]) for metric, values in estimates.mean.items()} | {"accuracy": float(accuracy)}
-        score = {"accuracy": float(accuracy), "accuracy_std": float(std), "rung": record.rung, "val_accuracy": record.val_accuracy}
+        score = {"accuracy": float(accuracy), "accuracy_std": float(std), "rung": float(record.rung), "val_accuracy": record.val_accuracy}
         attrs = {
             "origin": row["origin"], "name": row["name"], "why": f"trained in study {row['study']}", KNOWN_FROM: row["study"],
             WHOLE_SCHEDULE: row["is_start"], "score": score, "elapsed_s": 0.0,
