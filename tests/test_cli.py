@@ -101,7 +101,6 @@ def test_other_budgets_are_refused(text: str) -> None:
         (["profile", "--runtime", "tensorflow"], "onnxruntime"),
         (["profile", "--precision", "fp12"], "precision"),
         (["profile", "--space", "nowhere"], "unknown search space"),
-        (["run", "--objective", "acc"], "objective"),
         (["run", "--objective", "acc-speed"], "speed"),
         (["run", "--objective", "acc-acc"], "acc"),
         (["run", "--max", "latency_ms"], "latency_ms"),

@@ -509,7 +509,7 @@ def test_settings_survive_their_file():
     "changed",
     [
         {"sampler": "cma"}, {"accuracy": "synflow"}, {"workers": 0}, {"trials": 0}, {"trials": True}, {"seed": -1}, {"batch": 1.5},
-        {"budget_s": 0.0}, {"budget_s": float("inf")}, {"objective": "acc"}, {"final_seeds": 0},
+        {"budget_s": 0.0}, {"budget_s": float("inf")}, {"final_seeds": 0},
         {"accuracy": "macs", "limits": parse_limits(minima=["accuracy=0.5"])},
     ],
     ids=str,
