@@ -8,8 +8,8 @@
 - Cross-validated over all random networks, in ten folds: how many of the 90 % intervals hold, and the ranking inside bands of latency
   (±15 % around the quartiles, by the AMD table that comes with lowsearch), where MACs vary least and ranking is hardest.
 - Seeds: how the trainings of one seed rank networks by those of another, which no predictor of single trainings can exceed by much.
-- Rungs: accuracy, loss and the forecast of the curve model at parts of the schedule, against the end of it, of the other seed where a
-  network has two. The forecast of each network is by a model that saw the others.
+- Rungs: accuracy, loss and the forecast of the curve model (and that of one without the loss) at parts of the schedule, against its end,
+  of the other seed where a network has two; errors are those of the same training. Each forecast is by a model that saw the others.
 
 Writes benchmarks/results/predictor_exam.json.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,27 @@ def rungs(pool: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
         found["ceiling"] = dataclasses.asdict(agreement([curve.val_accuracy for curve in curves], ends))
         found["seed_std"] = float(np.sqrt(np.mean([np.var([r.val_accuracy for r in own], ddof=1) for own in records])))
     for i, fraction in enumerate(pool["fractions"][:-1]):
-        forecast = np.empty(len(rows))
-        for fold in range(FOLDS):
-            model = CurveModel([curve for j, curve in enumerate(curves) if j % FOLDS != fold])
-            for j in range(fold, len(rows), FOLDS):
-                forecast[j] = model.extrapolate(curves[j].curve[i])[0]
+        points = [curve.curve[i] for curve in curves]
+        forecasts = {"forecast": points, "forecast without loss": [dataclasses.replace(p, val_loss=math.nan) for p in points]}
         found[str(fraction)] = {
-            "accuracy": rho(np.array([curve.curve[i].val_accuracy for curve in curves]), ends),
-            "loss": rho(np.array([-curve.curve[i].val_loss for curve in curves]), ends),
-            "forecast": rho(forecast, ends),
+            "accuracy": rho(np.array([point.val_accuracy for point in points]), ends),
+            "loss": rho(np.array([-point.val_loss for point in points]), ends),
         }
+        for name, seen in forecasts.items():
+            guesses = np.empty(len(rows))
+            for fold in range(FOLDS):
+                known = [
+                    dataclasses.replace(c, curve=(p, c.curve[-1]))
+                    for j, (c, p) in enumerate(zip(curves, seen, strict=True))
+                    if j % FOLDS != fold
+                ]
+                model = CurveModel(known)
+                guesses[fold::FOLDS] = [model.extrapolate(point)[0] for point in seen[fold::FOLDS]]
+            own = np.array([curve.val_accuracy for curve in curves])
+            found[str(fraction)] |= {
+                name: rho(guesses, ends),
+                f"{name}, rmse in points": 100 * float(np.sqrt(np.mean((guesses - own) ** 2))),
+            }
     return found
 
 
