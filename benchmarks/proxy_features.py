@@ -89,7 +89,8 @@ def computed(data_name: str, pool: dict[str, Any], genomes: np.ndarray) -> dict[
         if done % 20 == 0:
             print(f"{what}: {done} of {of} networks", flush=True)
 
-    return proxy_scores([space.decode(genome) for genome in genomes], batch, progress=progress)
+    found = proxy_scores([space.decode(genome) for genome in genomes], batch, progress=progress)
+    return {name: scores.mean for name, scores in found.items()}
 
 
 def accuracies(rows: Sequence[dict[str, Any]]) -> np.ndarray:
