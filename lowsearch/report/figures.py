@@ -49,14 +49,11 @@ def front_figure(study: StudyFiles, *, split: str) -> go.Figure:
             _points(study, "Candidates", "candidate", [n for n in candidates if n not in shown], x, y, size=6, bars=False),
             *traces,
         ]
-    traces = [trace for trace in traces if trace.x]
-    figure = go.Figure(traces)
+    figure = _drawn(traces, x, y)
     if (limit := tables.limit_on(study, x)) is not None:
         at, text = limit
         figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line={"width": 1, "dash": "dash"})
         figure.add_annotation(x=math.log10(at), y=1, yref="paper", text=text, showarrow=False, xanchor="left", yanchor="top")
-    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
-    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
     return _styled(figure, legend=LEGEND)
 
 
@@ -93,10 +90,7 @@ def further_figure(study: StudyFiles, metric: Metric) -> go.Figure:
         _points(study, "Hand-made family", "family", [n for n in shown if n.is_family], x, y, size=8, bars=False),
         _points(study, "Proposed by the search", "front", [n for n in shown if not n.is_family], x, y, size=8, bars=False),
     ]
-    traces = [trace for trace in traces if trace.x]
-    figure = go.Figure(traces)
-    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
-    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    figure = _drawn(traces, x, y)
     if tables.stand_in(study):
         figure.update_yaxes(title="Score")  # What it is stands beside the main plot; here it would be cut off.
     return _styled(figure, legend=LEGEND)
@@ -113,10 +107,7 @@ def cost_figure(study: StudyFiles) -> go.Figure:
         ("Hand-made", "family", [n for n in study.finalists if n.is_family], 9),
     ]
     traces = [_points(study, name, role, networks, x, y, size=size, bars=False) for name, role, networks, size in groups]
-    traces = [trace for trace in traces if trace.x]
-    figure = go.Figure(traces)
-    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
-    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    figure = _drawn(traces, x, y)
     return _styled(figure, legend=LEGEND)
 
 
@@ -134,16 +125,22 @@ def device_figure(study: StudyFiles, device: str) -> go.Figure:
     ]
     if tables.has_two_objectives(study):
         traces = [_steps("", "candidate", own, x, y, dash="dot"), *traces]
-    traces = [trace for trace in traces if trace.x]
     symbol = SHAPES.get(tables.device_sources(study).get(device, ""), "circle")  # Not that of the first device's latency.
     for trace in (trace for trace in traces if trace.mode == "markers"):
         trace.update(marker_symbol=symbol)
-    figure = go.Figure(traces)
-    figure.update_xaxes(_scale(x, [value for trace in traces for value in trace.x or ()]))
-    figure.update_yaxes(_scale(y, [value for trace in traces for value in trace.y or ()]))
+    figure = _drawn(traces, x, y)
     if tables.stand_in(study):
         figure.update_yaxes(title="Score")  # What it is stands beside the main plot; here it would be cut off.
     return _styled(figure, legend=LEGEND)
+
+
+def _drawn(traces: Sequence[go.Scatter], x: Axis, y: Axis) -> go.Figure:
+    """The traces that have points, on axes that hold them all."""
+    shown = [trace for trace in traces if trace.x]
+    figure = go.Figure(shown)
+    figure.update_xaxes(_scale(x, [value for trace in shown for value in trace.x or ()]))
+    figure.update_yaxes(_scale(y, [value for trace in shown for value in trace.y or ()]))
+    return figure
 
 
 def _steps(name: str, role: str, front: Sequence[Network], x: Axis, y: Axis, dash: str = "solid") -> go.Scatter:
