@@ -314,6 +314,27 @@ def test_openvino_transposes_nothing_at_the_edges_of_a_block(block: Block) -> No
     assert list(model.input(0).shape) == [2, block.resolution_px, block.resolution_px, input_channels(block)]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+def test_a_signal_reaches_a_process_after_its_openvino_programs_went_in_any_order() -> None:
+    """Every core of OpenVINO sets the stack that signals are handled on, and restores the one before: of two, perhaps one that is gone."""
+    pytest.importorskip("openvino")
+    script = """
+import gc, os, signal, torch
+from lowsearch.latency.runtimes import runtime
+heard = []
+signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+layer, x, cpu = torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8), torch.device("cpu")
+programs = [runtime("openvino").prepare(layer, x, precision="fp32", device=cpu) for _ in range(2)]
+while programs:
+    programs.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+print(len(heard))
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
+
+
 def test_executorch_computes_what_torch_does_of_the_input_where_it_lies() -> None:
     pytest.importorskip("executorch")
     module, x = prepared(BLOCKS[7])  # Softmax and norms beside what the delegate takes.

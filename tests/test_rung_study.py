@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from few_images import few_images
 from tiny_fakes import TESTS, fakes
 
+from lowsearch import cli
 from lowsearch.accuracy.ladder import Ladder
 from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.accuracy.records import AccuracyRecords
@@ -83,11 +82,8 @@ def test_an_interrupted_search_ends_as_one_that_ran_through(kind: Any, searched:
 
 @pytest.mark.usefixtures("only_own_tables")
 def test_a_run_with_a_cheap_rung_from_the_command_line_to_the_page(
-    images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lowsearch(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "lowsearch", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOWSEARCH_HOME", str(tmp_path / "home"))
     (tmp_path / "tiny.yaml").write_text((TESTS / "tiny_space.yaml").read_text())
@@ -98,9 +94,8 @@ def test_a_run_with_a_cheap_rung_from_the_command_line_to_the_page(
     again = ["run", "--device", "some-board", "--space", "tiny.yaml", "--study", "cheap", "--json"]
     recipe = [word for field in ("epochs=1", "train_images=64", "batch_size=32") for word in ("--recipe-set", field)]
     new = ["--data", "npz:few.npz", "--workers", "1", "--trials", "2", *recipe]
-    ended = lowsearch(*again, *new, "--rungs", "1@0.5px,1")
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
+    assert cli.invoke([*again, *new, "--rungs", "1@0.5px,1"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["front"] and found["summary"]["ladder"]["pairs"] >= 2
 
     study = tmp_path / "studies" / "cheap"
@@ -112,7 +107,8 @@ def test_a_run_with_a_cheap_rung_from_the_command_line_to_the_page(
     assert rows == {arch_id: 1.0 if arch_id in by_rung["1"] else float(Rung.of("1@0.5px")) for arch_id in by_rung["1@0.5px"]}
     assert "rungs 1@0.5px,1" in (study / "report.html").read_text()
 
-    assert lowsearch(*again, "--trials", "3").returncode == 0, "its rungs are its own"
+    assert cli.invoke([*again, "--trials", "3"]) == 0, "its rungs are its own"
+    capsys.readouterr()
     assert len({r.arch_id for r in AccuracyRecords(study / "records.jsonl")}) == 5
-    refused = lowsearch(*again, "--rungs", "0.5,1")
-    assert refused.returncode == 2 and "was made with rungs 1@0.5px,1, not 0.5,1" in refused.stderr
+    assert cli.invoke([*again, "--rungs", "0.5,1"]) == 2
+    assert "was made with rungs 1@0.5px,1, not 0.5,1" in capsys.readouterr().err

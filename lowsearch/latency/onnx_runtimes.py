@@ -9,6 +9,7 @@ import io
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, cast
@@ -226,10 +227,11 @@ class _OpenVinoProgram:
     def __init__(self, model: bytes, x: np.ndarray, settings: Mapping[str, str | int]) -> None:
         import openvino
 
-        core = openvino.Core()
-        read = core.read_model(model)
+        read = _openvino_core().read_model(model)
         self._maps_in, self._maps_out = x.ndim == 4 and x.shape[1] > _IMAGE_CHANNELS, len(read.output().shape) == 4
-        self.compiled = compiled = core.compile_model(_channels_last(read, self._maps_in, self._maps_out), "CPU", dict(settings))
+        self.compiled = compiled = _openvino_core().compile_model(
+            _channels_last(read, self._maps_in, self._maps_out), "CPU", dict(settings)
+        )
         hint = "INFERENCE_PRECISION_HINT"
         used = str(compiled.get_property(hint).to_string())
         if used != settings[hint]:
@@ -245,6 +247,15 @@ class _OpenVinoProgram:
         self.run()
         found = np.array(self._request.get_output_tensor().data, dtype=np.float32)
         return found.transpose(0, 3, 1, 2) if self._maps_out else found
+
+
+@cache
+def _openvino_core() -> Any:
+    """The only one of this process. Each that compiles gives the thread a stack for signals and takes it away when it goes, so of two
+    that overlap the first to go leaves the thread with one that is no longer there, and the next signal kills the process."""
+    import openvino
+
+    return openvino.Core()
 
 
 def _channels_last(model: Any, maps_in: bool, maps_out: bool) -> Any:
