@@ -311,9 +311,9 @@ def test_explain_and_refine_name_unit_and_source_of_the_score(study, capsys, acc
 
 
 @pytest.mark.parametrize("accuracy", ["published", "macs", "params"])
-def test_what_stands_in_for_accuracy_only_ranks(accuracy):
+def test_what_stands_in_for_accuracy_only_ranks(accuracy, tmp_path):
     settings = StudySettings(accuracy=accuracy)
-    model = stand_in_of(settings, MICRO)
+    model = stand_in_of(settings, MICRO, tmp_path)
     assert model.unit == "rank" and model.source == settings.stand_in
     std = model.predict(MICRO.sample(5, rng=np.random.default_rng(0)))[1]
     assert (std > 0).all() if accuracy == "published" else (std == 0).all()

@@ -74,8 +74,11 @@ def run(
         typer.Option("--train-device", help="Where networks are trained; default: the GPU if one is searched for, else the CPU."),
     ] = None,
     accuracy: Annotated[
-        Literal["trained", "params", "macs", "published"] | None,
-        typer.Option("--accuracy", help="trained, or a score without training: published (224 px class), params or macs."),
+        str | None,
+        typer.Option(
+            "--accuracy",
+            help="trained, or a score without training: published (224 px class), params, macs, or supernet:NAME, a trained one.",
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Training recipe: a name (`lowsearch recipes`) or a YAML file; default: micro.")
@@ -125,6 +128,7 @@ def run(
     from lowsearch import locations
     from lowsearch.report.page import build_report
     from lowsearch.report.study_files import read_study
+    from lowsearch.report.tables import supernet_in_words
     from lowsearch.search.objectives import parse_limits
     from lowsearch.study.run import run as run_study
     from lowsearch.study.settings import StudySettings, settings_in, stored_settings
@@ -173,6 +177,8 @@ def run(
             f"the others to {error.rmse_points:.2f} points (they spread by {error.std_over_networks_points:.2f}), and networks of other "
             f"families to {RELATIVES_RMSE_POINTS:.1f} points"
         )
+    if settings.supernet:
+        tell(f"scores are no accuracies. {supernet_in_words(read_study(folder).settings['supernet'])}")
     print_summary(result.summary)
     tell(f"report: {page}")
 

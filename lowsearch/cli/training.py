@@ -21,7 +21,6 @@ from lowsearch.cli.typed import (
     parse_budget,
     recipe_typed,
     study_folder,
-    supernet_named,
     was_typed,
 )
 from lowsearch.errors import UsageError
@@ -108,9 +107,9 @@ def train(
 
 def _from_supernet(network: Any, name: str, images: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """The weights that `network` inherits from a supernet, statistics included, and where they are from."""
-    from lowsearch.train.supernet import inherit, load_supernet, require_trained
+    from lowsearch.train.supernet import find_supernet, inherit, load_supernet, require_trained
 
-    folder, plan = supernet_named(name)
+    folder, plan = find_supernet(name)
     plan.search_space().encode(network)
     require_trained(plan, network, folder.name)
     model = inherit(load_supernet(folder), network, images)
@@ -225,11 +224,12 @@ def score_supernet(
     from lowsearch.accuracy.records import AccuracyRecords
     from lowsearch.accuracy.supernet import SupernetEstimator
     from lowsearch.train import require_trainable
+    from lowsearch.train.supernet import find_supernet
 
     if not (arch or study):
         raise UsageError("no network was named", hint=f"lowsearch supernet score {name} --arch micro-b-s, or --study NAME")
     require_trainable(device)
-    folder, plan = supernet_named(name)
+    folder, plan = find_supernet(name)
     estimator = SupernetEstimator(folder, load_images(data or plan.data), device=device)
     if study and not arch:
         networks, _ = networks_of_study(study, [""])

@@ -119,19 +119,6 @@ def networks_of_study(study: str, beginnings: Sequence[str]) -> tuple[dict[str, 
     return {key: Arch.from_dict(values["arch"]) for key, values in found.items()}, settings if isinstance(settings, dict) else {}
 
 
-def supernet_named(name: str) -> tuple[Path, Any]:
-    """The folder and the plan of a supernet by its name or folder."""
-    from lowsearch import locations
-    from lowsearch.train.supernet import PLAN, read_plan
-
-    found = Path(name) if (Path(name) / PLAN).is_file() else locations.find("supernets", name)
-    plan = read_plan(found) if found is not None else None
-    if found is None or plan is None:
-        known = sorted({p.parent.name for folder in locations.folders("supernets") for p in folder.glob(f"*/{PLAN}")})
-        raise StudyError(f"no supernet {name!r}", hint=f"known: {', '.join(known)}" if known else "lowsearch supernet train")
-    return found, plan
-
-
 def one_value(name: str, values: Sequence[Any] | None, default: Any) -> Any:
     """The value of an option that holds for all devices of a search. Raises UsageError where there are several."""
     different = list(dict.fromkeys(values or [default]))

@@ -24,6 +24,7 @@ SOURCES = {
     "proxy:params": "the logarithm of the parameters: a score (rank), no accuracy: it only orders networks",
     "proxy:macs": "the logarithm of the MACs: a score (rank), no accuracy: it only orders networks",
     "prior:published": "the trend of published accuracies of other networks: a score (rank), no accuracy: it only orders networks",
+    "supernet": "learned from what networks score with the weights of a supernet: a score (rank), no accuracy: it only orders networks",
 }
 READING = (
     "Latency is the time of one forward pass at the stated batch; throughput and time per image follow from it. Peak memory and file size "
@@ -486,7 +487,9 @@ def _what_was_done(study: StudyFiles) -> str:
 
 
 def _prior(study: StudyFiles) -> str:
-    """How far the published trend can be believed; empty where it was not used."""
+    """How far the published trend, or the supernet's scores, can be believed; empty where neither was used."""
+    if isinstance(known := study.settings.get("supernet"), dict):
+        return f" {tables.supernet_in_words(known)}"
     prior = study.settings.get("prior")
     if not isinstance(prior, dict):
         return ""

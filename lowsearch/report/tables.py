@@ -22,7 +22,9 @@ from lowsearch.search.objectives import LATENCY_METRICS, METRICS, OBJECTIVES, Me
 MEASURED = "measured"
 
 
-STAND_INS = {"proxy:params": "params", "proxy:macs": "macs", "prior:published": "published accuracies"}
+STAND_INS = {
+    "proxy:params": "params", "proxy:macs": "macs", "prior:published": "published accuracies", "supernet": "scores of a supernet"
+}  # fmt: skip
 """`accuracy_source` of a study without training, and what stood in for accuracy, in words."""
 
 
@@ -303,9 +305,18 @@ def stand_in(study: StudyFiles) -> str:
     return next((source for source in sources if source in STAND_INS), "")
 
 
+def supernet_in_words(known: Mapping[str, Any]) -> str:
+    """What study.yaml says of the supernet that a study searched by."""
+    spearman = f"{known['spearman']:.2f} ({known['low']:.2f} to {known['high']:.2f}; MACs {known['macs_spearman']:.2f})"
+    return (
+        f"They were learned from what {known['n_networks']} networks inherit from supernet {known['name']}, trained on {known['data']}, "
+        f"and rank these, each left out, with Spearman {spearman}."
+    )
+
+
 def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
     if source := stand_in(study):
-        score = "trend" if source.startswith("prior:") else "log10"
+        score = {"prior": "trend", "supernet": "from"}.get(source.partition(":")[0], "log10")
         return Axis(f"Rank score ({score} of {STAND_INS[source]}), not accuracy", lambda n: n.score, lambda n: n.score_std, log=False)
     accuracy = Accuracy(split)
     return Axis(f"{split.capitalize()} accuracy, %", lambda n: 100 * accuracy(n), lambda n: 100 * n.accuracy_std, log=False)

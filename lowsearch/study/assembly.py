@@ -23,6 +23,8 @@ from lowsearch.accuracy.predictor import AccuracyPredictor
 from lowsearch.accuracy.prior import RELATIVES_RMSE_POINTS, leave_one_out
 from lowsearch.accuracy.records import AccuracyRecord, AccuracyRecords
 from lowsearch.accuracy.scores import Scores
+from lowsearch.accuracy.supernet import SupernetEstimator
+from lowsearch.accuracy.supernet_prior import ScoredNetworks, SupernetPrior
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData, load_data
 from lowsearch.errors import StudyError, UsageError
@@ -36,7 +38,7 @@ from lowsearch.latency.table import LatencyTable, check_fits
 from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.devices import Fleet
-from lowsearch.search.objectives import ON_DEVICES, Limit
+from lowsearch.search.objectives import METRICS, ON_DEVICES, Limit, parse_limits
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
 from lowsearch.study.knowledge import (
@@ -49,11 +51,12 @@ from lowsearch.study.knowledge import (
     target_of,
     targets_of,
 )
-from lowsearch.study.parts import FinalScore, HeldOutSet, Parts, Progress
+from lowsearch.study.parts import INHERITED_FILE, FinalScore, HeldOutSet, Parts, Progress
 from lowsearch.study.settings import DEFAULT_DATA, StudySettings, stored_settings
 from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, rungs_of, train
 from lowsearch.train.order import replace_bytes, scratch
 from lowsearch.train.recipe import DEFAULT_RECIPE
+from lowsearch.train.supernet import find_supernet
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ def resolve(settings: StudySettings) -> StudySettings:
             f"published accuracies are of ImageNet networks; they say nothing about space {space.name!r} with its smaller images",
             hint="train (leave --accuracy out), or search the 224 px class: --space lowformer --accuracy published",
         )
+    if settings.supernet:
+        return _resolve_supernet(settings, space)
     if settings.stand_in:
         return settings
     if settings.data is None and not small:
@@ -87,6 +92,30 @@ def resolve(settings: StudySettings) -> StudySettings:
         settings, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
         train_device=settings.train_device or ("cuda" if _on_gpu(settings) and can_train("cuda") else "cpu"),
     )  # fmt: skip
+
+
+def _resolve_supernet(settings: StudySettings, space: SearchSpace) -> StudySettings:
+    """`settings` with the images of their supernet, and a limit where it was trained for networks up to one.
+
+    Raises StudyError where there is no such supernet, or where it is one of another space.
+    """
+    try:
+        folder, plan = find_supernet(settings.supernet)
+    except StudyError:
+        if settings.data is None:
+            raise
+        return settings  # A study that goes on has kept what it needs of it.
+    if plan.search_space().genes != space.with_num_classes(plan.num_classes).genes:
+        raise StudyError(
+            f"supernet {folder.name!r} is of space {plan.search_space().name!r}, not of {settings.space!r} as it is now",
+            hint=f"--space {plan.search_space().name}, or train a supernet of {settings.space}",
+        )
+    limits = settings.limits
+    macs = next((limit for limit in limits if limit.metric == "macs" and limit.side == "max"), None)
+    if plan.max_macs is not None and (macs is None or macs.bound > plan.max_macs):
+        upto, *_ = parse_limits(maxima=[f"macs={plan.max_macs!r}"], confidence=settings.confidence)
+        limits = tuple(sorted((*(x for x in limits if x != macs), upto), key=lambda x: (METRICS.index(x.metric), x.device, x.side)))
+    return dataclasses.replace(settings, data=settings.data or plan.data, limits=limits)
 
 
 def _resolve_devices(settings: StudySettings) -> StudySettings:
@@ -132,7 +161,7 @@ def _on_gpu(settings: StudySettings) -> bool:
 def prepare(folder: Path, settings: StudySettings, progress: Progress | None) -> None:
     """Put the space, the recipe and the latency table into the study's folder; measures the table where this machine has none yet."""
     if stored_settings(folder) is None:  # What a run left that ended before the study was made says nothing.
-        for left in (folder / SPACE_FILE, folder / RECIPE_FILE, *folder.glob(f"{Path(TABLE_FILE).stem}*.jsonl")):
+        for left in (folder / SPACE_FILE, folder / RECIPE_FILE, folder / INHERITED_FILE, *folder.glob(f"{Path(TABLE_FILE).stem}*.jsonl")):
             left.unlink(missing_ok=True)
     schedule = _schedule(folder, settings)
     space, data = _space(folder, settings), _data(settings, progress)
@@ -141,6 +170,9 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         if schedule is not None:
             check_recipe(schedule, num_classes=len(data.classes))
             require_images(rungs_of(settings.rungs), data, schedule)
+    if settings.supernet and not (folder / INHERITED_FILE).exists():
+        _score_networks(settings, progress).write(folder / INHERITED_FILE)
+    space = _with_classes(space, folder, settings)
     if not (folder / SPACE_FILE).exists():
         write_atomically(folder / SPACE_FILE, SearchSpace.load(settings.space).text)
     if schedule is not None and not (folder / RECIPE_FILE).exists():
@@ -214,6 +246,7 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
     space, data = _space(folder, settings), _data(settings)
     if data is not None:
         space = space.with_num_classes(len(data.classes))
+    space = _with_classes(space, folder, settings)
     target = target_of(settings)
     attached = resolve_device(target.device).attached
     table = LatencyTable.load(folder / TABLE_FILE)
@@ -281,7 +314,10 @@ def build_parts(folder: Path, settings: StudySettings) -> Parts:
         verify=verify if attached and can_time_beside_trainings(settings) else None,
         verifications=Verifications(folder / VERIFIED),
         anchors=[(row.arch, row.latency_ms) for row in table.anchors(space.name)],
-        facts={**_facts(settings, table, data, schedule, stale=stale), **_device_facts(folder, settings, fleet)},
+        facts={
+            **_facts(settings, table, data, schedule, stale=stale), **_device_facts(folder, settings, fleet),
+            **({"supernet": _supernet_facts(space, ScoredNetworks.read(folder / INHERITED_FILE))} if settings.supernet else {}),
+        },
     )  # fmt: skip
 
 
@@ -342,6 +378,37 @@ def _data(settings: StudySettings, progress: Progress | None = None) -> ImageDat
     if settings.data not in _LOADED:
         _LOADED[settings.data] = load_data(settings.data, progress=progress)
     return _LOADED[settings.data]
+
+
+def _with_classes(space: SearchSpace, folder: Path, settings: StudySettings) -> SearchSpace:
+    """The space for the classes of the supernet that is searched by, if one is."""
+    return space.with_num_classes(ScoredNetworks.read(folder / INHERITED_FILE).num_classes) if settings.supernet else space
+
+
+def _score_networks(settings: StudySettings, progress: Progress | None) -> ScoredNetworks:
+    """What some networks inherit from the supernet of `settings`. Raises StudyError where that cannot be foretold by the architecture."""
+    assert settings.data is not None, "resolved"
+    folder, plan = find_supernet(settings.supernet)
+    estimator = SupernetEstimator(folder, load_data(settings.data, progress=progress), device=settings.train_device or "cpu")
+    found = ScoredNetworks.draw(estimator, progress=progress)
+    own = SupernetPrior(plan.search_space(), found).examined()["left out"]
+    if own.low is None or own.low <= 0:
+        raise StudyError(
+            f"what networks inherit from supernet {folder.name!r} cannot be told from chance by their architecture (Spearman "
+            f"{own.spearman or 0:.2f}), so it cannot steer a search",
+            hint="train the supernet for longer, under another --name",
+        )
+    return found
+
+
+def _supernet_facts(space: SearchSpace, known: ScoredNetworks) -> dict[str, Any]:
+    """What study.yaml states of the supernet that is searched by."""
+    examined = SupernetPrior(space, known).examined()
+    own, macs = examined["left out"], examined["macs"]
+    return {
+        "name": known.name, "supernet_hash": known.supernet_hash, "data": known.data, "n_networks": len(known.scores),
+        "spearman": own.spearman, "low": own.low, "high": own.high, "macs_spearman": macs.spearman or 0.0,
+    }  # fmt: skip
 
 
 def _copy_table(table: LatencyTable, path: Path) -> None:

@@ -115,14 +115,15 @@ def fleet_of(folder: Path, settings: StudySettings, space: SearchSpace, first: L
     others = [LatencyPredictor(space, LatencyTable.load(folder / file)) for file in table_files(settings)[1:]]
     devices = dict(zip(settings.labels, (first, *others), strict=True))
     stored = read_study_file(folder) or {}
-    scales = scales_from(stored["devices"]) if "devices" in stored else fit_scales(space, devices, _capacity(settings, space))
+    scales = scales_from(stored["devices"]) if "devices" in stored else fit_scales(space, devices, _capacity(folder, settings, space))
     return Fleet(devices, scales)
 
 
-def _capacity(settings: StudySettings, space: SearchSpace) -> AccuracyModel:
+def _capacity(folder: Path, settings: StudySettings, space: SearchSpace) -> AccuracyModel:
     """What tells which networks of different devices are worth the same before any is trained."""
     small = min(px for px, _ in space.genes[0].choices) <= LARGEST_EMBEDDED_PX
-    stand_in = stand_in_of(settings, space) or stand_in_of(dataclasses.replace(settings, accuracy="macs" if small else "published"), space)
+    plain = dataclasses.replace(settings, accuracy="macs" if small else "published")
+    stand_in = stand_in_of(settings, space, folder) or stand_in_of(plain, space, folder)
     assert stand_in is not None
     return stand_in
 
@@ -147,7 +148,7 @@ def of_study(folder: Path, settings: StudySettings | None = None) -> Knowledge:
     known = _known(space, LatencyTable.load(stored)) if stored.exists() else on_target(space, target_of(settings))
     if stored.exists():
         known = dataclasses.replace(known, fleet=fleet_of(folder, settings, space, known.latency))
-    stand_in = stand_in_of(settings, space)
+    stand_in = stand_in_of(settings, space, folder)
     if stand_in is not None:
         return dataclasses.replace(known, score=stand_in)
     records = sorted(AccuracyRecords(folder / "records.jsonl"), key=lambda record: (record.arch_id, record.rung))

@@ -25,6 +25,8 @@ from lowsearch.train.order import Order
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label)."""
+INHERITED_FILE = "inherited.json"
+"""Where a study keeps what networks inherited from the supernet that it searches by."""
 
 
 HeldOutSet = Literal["range", "band"]
@@ -183,8 +185,12 @@ class StandIn(AccuracyModel, Protocol):
         ...
 
 
-def stand_in_of(settings: StudySettings, space: SearchSpace) -> StandIn | None:
-    """What stands in for accuracy in a study with `settings`; None where networks are trained."""
+def stand_in_of(settings: StudySettings, space: SearchSpace, folder: Path) -> StandIn | None:
+    """What stands in for accuracy in the study in `folder`; None where networks are trained."""
+    if settings.supernet:
+        from lowsearch.accuracy.supernet_prior import ScoredNetworks, SupernetPrior
+
+        return SupernetPrior(space, ScoredNetworks.read(folder / INHERITED_FILE))
     if settings.accuracy == "published":
         from lowsearch.accuracy.prior import PublishedPrior
 

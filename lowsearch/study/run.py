@@ -172,7 +172,7 @@ def _new_study(folder: Path, settings: StudySettings, parts: Parts) -> dict[str,
     check_limits(estimator, settings.limits)
     if settings.sampler == "exhaustive":
         all_to_try(estimator, settings.limits)
-    stand_in = stand_in_of(settings, parts.space)
+    stand_in = stand_in_of(settings, parts.space, folder)
     reference = reference_values(estimator, chance_accuracy=parts.chance_accuracy)
     if stand_in is not None:
         family = [parts.space.encode(arch) for arch in parts.space.family.values()]

@@ -19,10 +19,11 @@ from lowsearch.study.workers.database import check_url
 from lowsearch.study.workers.engines import check_engine
 from lowsearch.train import rungs_of
 
-AccuracyKind = Literal["trained", "params", "macs", "published"]
+TRAINED, SUPERNET = "trained", "supernet"
 TrainDevice = Literal["cpu", "cuda"]
-STAND_INS = {"params": "proxy:params", "macs": "proxy:macs", "published": "prior:published"}
-"""What may stand in for accuracy where nothing is trained, and the `accuracy_source` that every file then states."""
+STAND_INS = {"params": "proxy:params", "macs": "proxy:macs", "published": "prior:published", SUPERNET: "supernet"}
+"""What may stand in for accuracy where nothing is trained, and the `accuracy_source` that every file then states. `supernet` is followed by
+a colon and a name."""
 
 DEFAULT_BUDGET_S = 480.0
 DEFAULT_DATA = "fashion-mnist-mini"
@@ -64,8 +65,9 @@ class StudySettings:
     """Training recipe, as `train.recipe` reads it; None for the one made for the data."""
     rungs: str = DEFAULT_RUNGS
     """How far networks are trained before they are judged, the cheapest first, as `train.rung` reads them."""
-    accuracy: AccuracyKind | None = None
-    """`trained`, or what stands in for it: a proxy or the published trend; None for `trained`, where the data suit the space."""
+    accuracy: str | None = None
+    """`trained`, or what stands in for it: a proxy, the published trend, or `supernet:NAME`; None for `trained`, where the data suit the
+    space."""
     final_seeds: int | None = None
     """Fresh trainings of every finalist; None for 1, or 2 where the budget allows."""
     allow_stale: bool = False
@@ -96,7 +98,7 @@ class StudySettings:
                 hint=f"--objective {self.objective.replace('worstlatency', 'latency')}, or one more --device",
             )
         for name, choices in (
-            ("sampler", tuple(SAMPLERS)), ("accuracy", (None, *get_args(AccuracyKind))), ("train_device", (None, *get_args(TrainDevice))),
+            ("sampler", tuple(SAMPLERS)), ("train_device", (None, *get_args(TrainDevice))),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in choices:
@@ -104,6 +106,9 @@ class StudySettings:
                 raise UsageError(
                     f"{name} is {value!r}; known: {listed}", hint=f"--{name.replace('_', '-')} {next(c for c in choices if c)}"
                 )
+        known = (TRAINED, *(name for name in STAND_INS if name != SUPERNET))
+        if self.accuracy is not None and self.accuracy not in known and not self.supernet:
+            raise UsageError(f"accuracy is {self.accuracy!r}; known: {', '.join(known)}, supernet:NAME", hint=f"--accuracy {TRAINED}")
         for name, least in (("batch", 1), ("threads", 1), ("workers", 1), ("seed", 0), ("trials", 1), ("final_seeds", 1), ("in_flight", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -134,7 +139,13 @@ class StudySettings:
     @property
     def stand_in(self) -> str:
         """`accuracy_source` of what stands in for accuracy; empty where networks are trained."""
-        return STAND_INS.get(self.accuracy or "", "")
+        return STAND_INS.get((self.accuracy or "").partition(":")[0], "")
+
+    @property
+    def supernet(self) -> str:
+        """Name or folder of the supernet whose scores stand in for accuracy; empty where none does."""
+        kind, _, name = (self.accuracy or "").partition(":")
+        return name if kind == SUPERNET else ""
 
     @property
     def trains(self) -> bool:

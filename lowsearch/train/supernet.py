@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowsearch import cost
+from lowsearch import cost, locations
 from lowsearch.arch import Arch
 from lowsearch.data import ImageData
 from lowsearch.errors import DataError, StudyError, UsageError
@@ -124,6 +124,16 @@ def read_plan(folder: Path) -> SupernetPlan | None:
         return SupernetPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
         raise StudyError(f"{path} is damaged: {error}", hint="remove its folder to train the supernet again") from error
+
+
+def find_supernet(name: str) -> tuple[Path, SupernetPlan]:
+    """The folder and the plan of a supernet by its name or folder. Raises StudyError where there is none."""
+    found = Path(name) if (Path(name) / PLAN).is_file() else locations.find("supernets", name)
+    plan = read_plan(found) if found is not None else None
+    if found is None or plan is None:
+        known = sorted({p.parent.name for folder in locations.folders("supernets") for p in folder.glob(f"*/{PLAN}")})
+        raise StudyError(f"no supernet {name!r}", hint=f"known: {', '.join(known)}" if known else "lowsearch supernet train")
+    return found, plan
 
 
 def train_supernet(

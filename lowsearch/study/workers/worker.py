@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
-from lowsearch.search.estimates import AccuracyModel, excess
+from lowsearch.search.estimates import AccuracyModel, excess, scores_of
 from lowsearch.search.feasible import networks_within
 from lowsearch.search.objectives import Metric
 from lowsearch.search.promotion import standing
@@ -105,7 +105,7 @@ class SearchWorker:
         self._all = networks_within(self._estimator, plan.settings.limits)
         self._objectives = plan.settings.objectives
         self._reference = plan.reference_costs
-        self._stand_in = stand_in_of(plan.settings, parts.space)
+        self._stand_in = stand_in_of(plan.settings, parts.space, folder)
         self._training = parts.training() if plan.settings.trains and parts.training else None
         self._study = open_study(folder, self._objectives, url=url, patience_s=PATIENCE_S)
         self._proposer = plan.settings.sampler
@@ -290,8 +290,8 @@ class SearchWorker:
 
     def _score(self, arch: Arch, genome: np.ndarray, *, whole: bool) -> Score:
         if self._stand_in is not None:
-            mean, std = self._stand_in.predict(genome[None])
-            return Score(accuracy=float(mean[0]), accuracy_std=float(std[0]), rung=0.0)
+            said = scores_of(self._stand_in, genome[None])
+            return Score(accuracy=float(said.mean[0]), accuracy_std=0.0 if said.std is None else float(said.std[0]), rung=0.0)
         if self._training is None:
             return Score(accuracy=None, accuracy_std=None, rung=0.0)
         score = None
