@@ -114,7 +114,16 @@ def test_a_search_by_a_supernet_from_the_command_line_to_the_page(
         rows = list(csv.DictReader(file))
     assert {row["val_accuracy"] for row in rows} == {""}
 
+    assert cli.invoke(["run", "--device", "some-board", "--study", "second", "--seed", "1", *new]) == 0
     shutil.rmtree(tmp_path / "supernets")
+    assert cli.invoke(["study", "merge", "inherited", "second", "--study", "both"]) == 0
+    assert (tmp_path / "studies" / "both" / INHERITED_FILE).read_text() == (study / INHERITED_FILE).read_text()
+    assert cli.invoke(["explain", "--study", "both", "--arch", found["front"][0]["arch_id"]]) == 0
+    other = yaml.safe_load((study.parent / "second" / "study.yaml").read_text())
+    other["supernet"]["supernet_hash"] = "another"
+    (study.parent / "second" / "study.yaml").write_text(yaml.safe_dump(other))
+    assert cli.invoke(["study", "merge", "inherited", "second", "--study", "mixed"]) == 2
+    assert "the hash of the supernet is" in capsys.readouterr().err
     assert cli.invoke([*again, "--trials", "10"]) == 0, "a study has kept what it needs of its supernet"
     assert len(json.loads(capsys.readouterr().out)["front"]) > 0
     assert cli.invoke(["explain", "--study", "inherited", "--arch", found["front"][0]["arch_id"]]) == 0

@@ -53,7 +53,7 @@ def profile(
     alone: Annotated[
         bool, typer.Option("--alone", help="Do not lean on this machine's table of another batch: measure all blocks at this one.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order in which blocks are measured.")] = 0,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Measure nothing here: write this folder, to be run on a machine called --device.")
     ] = None,

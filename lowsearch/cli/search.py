@@ -41,7 +41,10 @@ def run(
     space: SpaceOption = "lowformer-micro",
     data: Annotated[
         str | None,
-        typer.Option("--data", help="fashion-mnist-mini (default), or folder:, tiny-imagenet: or npz:PATH, or torchvision:NAME."),
+        typer.Option(
+            "--data",
+            help="fashion-mnist-mini (default), or folder:, tiny-imagenet: or npz:PATH, or torchvision:NAME; a supernet has its own.",
+        ),
     ] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time to search, as 8m (default), 90s or 1h30m.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Networks to propose, instead of a time.")] = None,
@@ -54,7 +57,7 @@ def run(
             "--from", metavar="STUDY", help="A new study by the settings of this one, or of a study.yaml; other options change them."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of proposals and trainings.")] = 0,
     maximum: Annotated[
         list[str] | None,
         typer.Option("--max", metavar="NAME=VALUE", help="A limit, as latency_ms=3, latency_ms@rtx3090=3, macs=1e9."),
@@ -63,7 +66,10 @@ def run(
         list[str] | None, typer.Option("--min", metavar="NAME=VALUE", help="A limit, as accuracy=0.8 or throughput_ips=500.")
     ] = None,
     confidence: Annotated[
-        float, typer.Option("--confidence", help="With which a network has to keep a limit on latency or throughput before it is tried.")
+        float,
+        typer.Option(
+            "--confidence", help="Probability with which a network has to keep a limit on latency or throughput before it is tried."
+        ),
     ] = 0.9,
     sampler: Annotated[
         str, typer.Option("--sampler", help="What proposes networks: lowsearch, nsga2, nsga3, tpe, gp, random or exhaustive.")
@@ -71,13 +77,16 @@ def run(
     workers: Annotated[int, typer.Option("--workers", help="Processes that train side by side.")] = 2,
     train_device: Annotated[
         Literal["cpu", "cuda"] | None,
-        typer.Option("--train-device", help="Where networks are trained; default: the GPU if one is searched for, else the CPU."),
+        typer.Option(
+            "--train-device",
+            help="Where networks are trained, or scored by a supernet; default: the GPU if one is searched for, else the CPU.",
+        ),
     ] = None,
     accuracy: Annotated[
         str | None,
         typer.Option(
             "--accuracy",
-            help="trained, or a score without training: published (224 px class), params, macs, or supernet:NAME, a trained one.",
+            help="trained (default), or a score without training: published (224 px class), macs, params or supernet:NAME.",
         ),
     ] = None,
     recipe: Annotated[
@@ -88,10 +97,12 @@ def run(
         str,
         typer.Option(
             "--rungs",
-            help="Part of the training before a network is judged, as 0.5,1; 0.25@0.5px@0.2img: half the resolution, fewer images.",
+            help="When networks are judged, as shares of the passes; 0.25@0.5px@0.2img: at half the resolution, on a fifth of the images.",
         ),
     ] = "0.5,1",
-    final_seeds: Annotated[int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist.")] = None,
+    final_seeds: Annotated[
+        int | None, typer.Option("--final-seeds", help="Fresh trainings of every finalist; default: 1, or 2 where the budget allows.")
+    ] = None,
     precision: Annotated[list[str] | None, typer.Option("--precision", help="fp32 (default), fp16, bf16 or int8: one for all.")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Images in one forward pass; default 1.")] = None,
     threads: Annotated[

@@ -45,7 +45,7 @@ def train(
     from_supernet: Annotated[
         str | None, typer.Option("--from-supernet", metavar="NAME", help="Start from the weights that this supernet holds for the network.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and of the order of images.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     loaders: Annotated[
         int | None,
@@ -155,10 +155,10 @@ def train_supernet(
     budget: Annotated[str, typer.Option("--budget", help="Time to train, as 10m: the steps of the schedule are fixed by it.")] = "10m",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of a time.")] = None,
     max_macs: Annotated[
-        float | None, typer.Option("--max-macs", help="Train only networks up to so many, as 13e6: most steps for your time.")
+        float | None, typer.Option("--max-macs", help="Train only networks up to so many, as 13e6, and so fit more steps into the budget.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the supernet's folder; default: from space and data.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights, images and networks drawn.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: JsonFlag = False,
 ) -> None:

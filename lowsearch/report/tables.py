@@ -316,8 +316,8 @@ def supernet_in_words(known: Mapping[str, Any]) -> str:
 
 def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
     if source := stand_in(study):
-        score = {"prior": "trend", "supernet": "from"}.get(source.partition(":")[0], "log10")
-        return Axis(f"Rank score ({score} of {STAND_INS[source]}), not accuracy", lambda n: n.score, lambda n: n.score_std, log=False)
+        score = {"prior": "trend of ", "supernet": ""}.get(source.partition(":")[0], "log10 of ") + STAND_INS[source]
+        return Axis(f"Rank score ({score}), not accuracy", lambda n: n.score, lambda n: n.score_std, log=False)
     accuracy = Accuracy(split)
     return Axis(f"{split.capitalize()} accuracy, %", lambda n: 100 * accuracy(n), lambda n: 100 * n.accuracy_std, log=False)
 

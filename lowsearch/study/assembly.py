@@ -52,7 +52,7 @@ from lowsearch.study.knowledge import (
     targets_of,
 )
 from lowsearch.study.parts import INHERITED_FILE, FinalScore, HeldOutSet, Parts, Progress
-from lowsearch.study.settings import DEFAULT_DATA, StudySettings, stored_settings
+from lowsearch.study.settings import DEFAULT_DATA, TRAINED, StudySettings, TrainDevice, stored_settings
 from lowsearch.train import Order, Recipe, can_train, check_recipe, evaluate, recipe, require_trainable, rungs_of, train
 from lowsearch.train.order import replace_bytes, scratch
 from lowsearch.train.recipe import DEFAULT_RECIPE
@@ -85,13 +85,17 @@ def resolve(settings: StudySettings) -> StudySettings:
             f"there is no accuracy signal for space {space.name!r} on this machine: its networks are too large for the embedded images",
             hint="search by a score (--accuracy published, or the proxy --accuracy macs), or train on your images (--data folder:PATH)",
         )
-    name = settings.recipe or DEFAULT_RECIPE
+    return dataclasses.replace(
+        settings, accuracy=TRAINED, data=settings.data or DEFAULT_DATA, recipe=settings.recipe or DEFAULT_RECIPE,
+        train_device=_train_device(settings),
+    )  # fmt: skip
+
+
+def _train_device(settings: StudySettings) -> TrainDevice:
+    """Where networks are trained, or scored by a supernet. Raises UsageError where what was asked for cannot be done here."""
     if settings.train_device is not None and not settings.trains_elsewhere:
         require_trainable(settings.train_device)
-    return dataclasses.replace(
-        settings, accuracy="trained", data=settings.data or DEFAULT_DATA, recipe=name,
-        train_device=settings.train_device or ("cuda" if _on_gpu(settings) and can_train("cuda") else "cpu"),
-    )  # fmt: skip
+    return settings.train_device or ("cuda" if _on_gpu(settings) and can_train("cuda") else "cpu")
 
 
 def _resolve_supernet(settings: StudySettings, space: SearchSpace) -> StudySettings:
@@ -115,7 +119,7 @@ def _resolve_supernet(settings: StudySettings, space: SearchSpace) -> StudySetti
     if plan.max_macs is not None and (macs is None or macs.bound > plan.max_macs):
         upto, *_ = parse_limits(maxima=[f"macs={plan.max_macs!r}"], confidence=settings.confidence)
         limits = tuple(sorted((*(x for x in limits if x != macs), upto), key=lambda x: (METRICS.index(x.metric), x.device, x.side)))
-    return dataclasses.replace(settings, data=settings.data or plan.data, limits=limits)
+    return dataclasses.replace(settings, data=settings.data or plan.data, limits=limits, train_device=_train_device(settings))
 
 
 def _resolve_devices(settings: StudySettings) -> StudySettings:

@@ -24,6 +24,7 @@ from lowsearch.search.estimates import excess
 from lowsearch.search.sampler import WHOLE_SCHEDULE
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.study.knowledge import RECIPE_FILE, SPACE_FILE, TABLE_FILE, of_study, settings_of, table_files
+from lowsearch.study.parts import INHERITED_FILE
 from lowsearch.study.run import CLOCK, Clock, locked, write_study_file
 from lowsearch.study.settings import EXTENSIBLE, StudySettings, read_study_file
 from lowsearch.study.storage import DATABASE, KNOWN_FROM, SERVER_STUDY, add_scored, candidates, has_database, open_study
@@ -76,9 +77,14 @@ def _common_settings(first: Path, second: Path) -> StudySettings:
                 raise StudyError(f"study {folder.name!r} holds no {name}, so it cannot be merged", hint="merge studies where they were run")
     if (first / SPACE_FILE).read_text(encoding="utf-8") != (second / SPACE_FILE).read_text(encoding="utf-8"):
         raise refuse("the search space", f"that of {first / SPACE_FILE}", f"that of {second / SPACE_FILE}")
-    hashes = [(read_study_file(folder) or {}).get("data_hash") for folder in (first, second)]
+    stated = [read_study_file(folder) or {} for folder in (first, second)]
+    hashes = [values.get("data_hash") for values in stated]
     if hashes[0] != hashes[1]:
         raise refuse("the hash of the data", *hashes)
+    if one.supernet:
+        supernets = [values.get("supernet", {}).get("supernet_hash") for values in stated]
+        if supernets[0] != supernets[1]:
+            raise refuse("the hash of the supernet", *supernets)
     recipes = [{record.recipe_hash for record in AccuracyRecords(folder / "records.jsonl")} for folder in (first, second)]
     if len(recipes[0] | recipes[1]) > 1:
         raise refuse("the hash of the recipe", *map(sorted, recipes))
@@ -86,7 +92,7 @@ def _common_settings(first: Path, second: Path) -> StudySettings:
 
 
 def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> dict[str, int]:
-    for file in (SPACE_FILE, RECIPE_FILE, *table_files(settings), "networks.json"):
+    for file in (SPACE_FILE, RECIPE_FILE, INHERITED_FILE, *table_files(settings), "networks.json"):
         if (first / file).exists():
             shutil.copyfile(first / file, folder / file)
     records = AccuracyRecords(folder / "records.jsonl")
