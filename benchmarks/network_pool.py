@@ -73,7 +73,8 @@ def work(
     import torch
 
     torch.set_num_threads(1)
-    ladders = {seed: Ladder(data, schedule, folder=arguments.work, rungs=(1.0,), seed=seed, device=arguments.device) for seed in SEEDS}
+    seeds = {seed for _, seed in trainings}
+    ladders = {seed: Ladder(data, schedule, folder=arguments.work, rungs=(1.0,), seed=seed, device=arguments.device) for seed in seeds}
     while time.time() < ends:
         with todo.get_lock():
             index, todo.value = todo.value, todo.value + 1

@@ -25,7 +25,7 @@ class Points:
     """Standardised coordinates of networks."""
 
     cost: np.ndarray
-    """(n, 2) log MACs and log params."""
+    """(n, m) what a network is worth most by: log MACs, log params."""
     features: np.ndarray
     """(n, k), scaled so that two random networks are at distance about sqrt(2)."""
 
@@ -74,7 +74,10 @@ class GaussianProcess:
         """(weights, covariance) of the coefficients of [1, cost, features]; the same predictions in weight space, without `curved`."""
         assert not self.curved
         design = np.hstack([np.ones((len(self.points), 1)), self.points.cost, self.points.features])
-        prior = np.concatenate([[CONSTANT_STD**2], np.full(2, self.scales[0] ** 2), np.full(design.shape[1] - 3, self.scales[1] ** 2)])
+        prior = np.concatenate([
+            [CONSTANT_STD**2], np.full(self.points.cost.shape[1], self.scales[0] ** 2),
+            np.full(self.points.features.shape[1], self.scales[1] ** 2),
+        ])  # fmt: skip
         if not len(design):
             return np.zeros(design.shape[1]), np.diag(prior)
         spread = design * prior  # (n, p)

@@ -49,11 +49,8 @@ class LeaveOneOut:
     """Before rescaling."""
 
 
-class AccuracyPredictor:
-    """Predicts the full-schedule validation accuracy (0 to 1) of the networks of one space under one recipe."""
-
-    unit: Unit = "top1"
-    source = "estimated"
+class Coordinates:
+    """Where the networks of one space lie for a regression: log MACs, log params, the space's features, standardised over random ones."""
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
@@ -65,6 +62,22 @@ class AccuracyPredictor:
         self._feature_mean, self._varying = features.mean(0), varying
         # Divided by sqrt(k), so that the features of a random network have about unit length together.
         self._feature_scale = np.where(varying, 1 / (np.where(varying, features.std(0), 1) * math.sqrt(max(1, varying.sum()))), 0)
+
+    def __call__(self, genomes: np.ndarray) -> Points:
+        """Of genomes (n, n_genes)."""
+        log_cost = np.log(self._costs(genomes)) if len(genomes) else np.empty((0, 2))
+        features = (self.space.features(genomes) - self._feature_mean) * self._feature_scale
+        return Points(cost=(log_cost - self._cost_mean) / self._cost_std, features=features[:, self._varying])
+
+
+class AccuracyPredictor:
+    """Predicts the full-schedule validation accuracy (0 to 1) of the networks of one space under one recipe."""
+
+    unit: Unit = "top1"
+    source = "estimated"
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space, self._points = space, Coordinates(space)
         self.fit(())
 
     def fit(self, records: Iterable[AccuracyRecord]) -> AccuracyPredictor:
@@ -189,11 +202,6 @@ class AccuracyPredictor:
             arch_ids=tuple(names[i] for i in chosen), observed=self._observed[chosen],
             predicted=(mean + self._prior_mean(self._points_fitted))[chosen], std=np.sqrt(variance[chosen]),
         )  # fmt: skip
-
-    def _points(self, genomes: np.ndarray) -> Points:
-        log_cost = np.log(self._costs(genomes)) if len(genomes) else np.empty((0, 2))
-        features = (self.space.features(genomes) - self._feature_mean) * self._feature_scale
-        return Points(cost=(log_cost - self._cost_mean) / self._cost_std, features=features[:, self._varying])
 
     def _prior_mean(self, points: Points) -> np.ndarray:
         return PRIOR_ACCURACY + PRIOR_GAIN * points.cost[:, 0]

@@ -2,8 +2,7 @@
 
 An inherited score ranks (`unit` is `rank`): minus the loss on the validation images, which still tells networks apart where all
 accuracies are close to guessing, and neither is what a training would give. Calibrated on a few trained networks it becomes an estimate of
-theirs (`top1`): a Gaussian process, linear in the inherited accuracy and loss and in log MACs and log params, whose interval is rescaled
-by its leave-one-out errors. Scores are kept beside the supernet.
+theirs (`top1`), whose interval is rescaled by leave-one-out errors: see `Calibration`. Scores are kept beside the supernet.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from filelock import FileLock
 
 from lowsearch import cost
 from lowsearch.accuracy.gaussian import GaussianProcess, Points
-from lowsearch.accuracy.predictor import SEED_STD
+from lowsearch.accuracy.predictor import SEED_STD, Coordinates
 from lowsearch.accuracy.records import AccuracyRecord
 from lowsearch.accuracy.scores import Unit
 from lowsearch.arch import Arch
@@ -34,6 +33,8 @@ MIN_TRAINED = 5
 _DOUBT = 4
 """Networks whose errors are as the process expects, added to those that were left out when its interval is rescaled."""
 _WORST_LOSS = 1000.0
+GAIN = 0.015
+"""Accuracy expected of one standard deviation less inherited loss, before any network is trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,22 +133,26 @@ class SupernetEstimator:
                 f"{len(trained)} fully trained networks of the supernet's space, calibration needs {MIN_TRAINED}",
                 hint="train more, or read the scores as ranks",
             )
-        features = features_of(self.score(list(trained), progress=progress))
+        losses = _losses(self.score(list(trained), progress=progress))
         self._fitted = Calibration(
-            features, np.array([np.mean(a) for a in trained.values()]), np.array([SEED_STD**2 / len(a) for a in trained.values()])
-        )
+            Coordinates(self.space), self._genomes(trained), losses, np.array([np.mean(a) for a in trained.values()]),
+            np.array([SEED_STD**2 / len(a) for a in trained.values()]),
+        )  # fmt: skip
         return self
 
     def estimate(self, archs: Sequence[Arch], *, progress: Callable[[int, int, str], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std) of every network, (n,) each, in `unit`. In `rank`, std is that of a finite number of validation images."""
         scores = self.score(archs, progress=progress)
         if self._fitted is not None:
-            return self._fitted.predict(features_of(scores))
+            return self._fitted.predict(self._genomes(archs), _losses(scores))
         return np.array([-score.val_loss for score in scores]), np.array([score.val_loss_std for score in scores])
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `estimate`, of genomes (n, n_genes). For shortlists: what is not on file takes seconds a network."""
         return self.estimate([self.space.decode(genome) for genome in genomes])
+
+    def _genomes(self, archs: Iterable[Arch]) -> np.ndarray:
+        return np.array([self.space.encode(arch) for arch in archs], dtype=np.int8).reshape(-1, self.space.n_genes)
 
     def _read(self) -> dict[str, InheritedScore]:
         path, known = self.folder / SCORES, {}
@@ -178,32 +183,39 @@ class SupernetEstimator:
         self._known[score.arch.arch_id] = score
 
 
-def features_of(scores: Sequence[InheritedScore]) -> np.ndarray:
-    """What calibration looks at, (n, 4): inherited accuracy, inherited loss, log MACs, log params."""
-    rows = []
-    for score in scores:
-        counted = cost.count(score.arch)
-        rows.append((score.val_accuracy, score.val_loss, math.log(counted.macs), math.log(counted.params)))
-    return np.array(rows, dtype=float).reshape(-1, 4)
-
-
 class Calibration:
-    """From the features (n, 4) of networks to their accuracy after a training of their own, as learned from some that were trained."""
+    """From a network and its inherited loss to its accuracy after a training of its own, as learned from some that were trained.
 
-    def __init__(self, features: np.ndarray, accuracy: np.ndarray, noise_var: np.ndarray) -> None:
-        """`accuracy` (n,) as trained, `noise_var` (n,) what seeds add to its variance."""
-        self._center, self._scale = features.mean(0), np.maximum(features.std(0), 1e-9)
+    A Gaussian process, linear in the inherited loss, log MACs, log params and the features of the architecture; before it has learned
+    anything it expects GAIN more of a network whose loss is lower by one standard deviation.
+    """
+
+    def __init__(
+        self, coordinates: Coordinates, genomes: np.ndarray, losses: np.ndarray, accuracy: np.ndarray, noise_var: np.ndarray
+    ) -> None:
+        """`genomes` (n, n_genes) inherited `losses` (n,) and were trained to `accuracy` (n,); `noise_var` (n,) is what seeds add to its
+        variance."""
+        self._coordinates = coordinates
+        self._center, self._scale = float(losses.mean()), max(float(losses.std()), 1e-9)
+        points, prior = self._placed(genomes, losses)
         self._mean = float(accuracy.mean())
-        self._process = GaussianProcess(self._points(features), accuracy - self._mean, noise_var, curved=False)
+        residual = accuracy - self._mean - prior
+        self._process = GaussianProcess(points, residual, noise_var, curved=False)
         left_out, variance = self._process.leave_one_out()
-        squares = float((((accuracy - self._mean - left_out) ** 2) / variance).sum())
+        squares = float((((residual - left_out) ** 2) / variance).sum())
         self._factor = math.sqrt((squares + _DOUBT) / (len(accuracy) + _DOUBT))
 
-    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, genomes: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std) of one training's accuracy, (n,) each."""
-        mean, variance = self._process.predict(self._points(features))
-        return np.clip(self._mean + mean, 0, 1), np.sqrt(self._factor**2 * variance + SEED_STD**2)
+        points, prior = self._placed(genomes, losses)
+        mean, variance = self._process.predict(points)
+        return np.clip(self._mean + prior + mean, 0, 1), np.sqrt(self._factor**2 * variance + SEED_STD**2)
 
-    def _points(self, features: np.ndarray) -> Points:
-        standard = (features - self._center) / self._scale
-        return Points(cost=standard[:, 2:], features=standard[:, :2] / math.sqrt(2))
+    def _placed(self, genomes: np.ndarray, losses: np.ndarray) -> tuple[Points, np.ndarray]:
+        """Where networks lie, and what is expected of each before anything is learned, (n,)."""
+        points, lower = self._coordinates(genomes), (self._center - losses) / self._scale
+        return Points(cost=np.column_stack([points.cost, lower]), features=points.features), GAIN * lower
+
+
+def _losses(scores: Sequence[InheritedScore]) -> np.ndarray:
+    return np.array([score.val_loss for score in scores], dtype=float)
