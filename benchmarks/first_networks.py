@@ -4,10 +4,10 @@
 
 Two replays, both with the sampler's own parts and latencies of the shipped table of a CPU:
 
-- pool: every training is a real one of benchmarks/network_pool.py. Of 60 of the 75 networks that are not held out (another 60 every time),
+- pool: every training is a real one of benchmarks/network_pool.py. Of 60 of the networks that are not held out (another 60 every time),
   a budget of full trainings is spent, a share of it by the diverse start and the rest by expected gain. Spearman is that of the predictor
   with the 64 held-out networks; hypervolume is of the networks trained, as a share of that of all 60.
-- space: the whole space, its accuracies those of a Gaussian process fitted to 100 of the 139 networks (another 100 every time), with each
+- space: the whole space, its accuracies those of a Gaussian process fitted to 100 of the networks (another 100 every time), with each
   network's own deviation, the luck of a seed, and half of the schedule as much off as in the pool. Networks climb the ladder by the
   study's own rule, the family first; the budget is in full trainings. Spearman is that with 300 random networks no slower than the family;
   hypervolume is the true one of the twelve finalists, above that of the family and as a share of it.
