@@ -6,7 +6,7 @@ Two replays by seconds of training. The pool has no seconds of a CPU (it was tra
 whose networks were trained on one: MACs, activations, blocks and a constant, with weights of least relative error that are not negative,
 times each network's own deviation, as large as that fit's. Searches see neither, only `training_time.TrainingTime`.
 
-- pool: each time another 100 networks of benchmarks/network_pool.py (of 139 when it was run), with their real accuracies, proposed as by closed_pool.py.
+- pool: each time another 100 networks of benchmarks/network_pool.py (then 139), with their real accuracies, as by closed_pool.py.
   Counted is the hypervolume held, as a share of that of all 100, after fractions of the seconds that all 100 take.
 - space: whole studies in the whole space, as in first_networks.py (each time another world of accuracies, learned from the pool): the
   family first, the ladder, the diverse start, twelve finalists. Counted is the true hypervolume of the finalists beyond the family's, as a
