@@ -89,6 +89,17 @@ def work(
             print(f"{index:4} of {len(trainings)} worker {number}: {100 * record.val_accuracy:.2f} % in {seconds:.1f} s", flush=True)
 
 
+def train_side_by_side(arguments: argparse.Namespace, data: ImageData, schedule: Recipe, trainings: list[tuple[Arch, int]]) -> None:
+    """Run `trainings` in `workers` processes, records and checkpoints in `work`, until `minutes` are over: all fields of `arguments`."""
+    processes = multiprocessing.get_context("fork")
+    todo, ends = processes.Value("i", 0), time.time() + 60 * arguments.minutes
+    workers = [processes.Process(target=work, args=(i, arguments, data, schedule, trainings, todo, ends)) for i in range(arguments.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
 def to_rows(
     space: SearchSpace, archs: list[Arch], records: list[AccuracyRecord], before: list[dict[str, Any]], device: str
 ) -> list[dict[str, Any]]:
@@ -135,14 +146,7 @@ def main() -> None:
     before = kept(arguments.out, expected)
     done = {(row["arch_id"], int(seed)) for row in before for seed in row["accuracy"]}
     trainings = [(arch, seed) for arch, seed in jobs(archs, arguments.seeds) if (arch.arch_id, seed) not in done]
-    processes = multiprocessing.get_context("fork")
-    todo = processes.Value("i", 0)
-    ends = began + 60 * arguments.minutes
-    workers = [processes.Process(target=work, args=(i, arguments, data, schedule, trainings, todo, ends)) for i in range(arguments.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    train_side_by_side(arguments, data, schedule, trainings)
     records = list(AccuracyRecords(arguments.work / RECORDS))
     rows = to_rows(space, archs, records, before, arguments.device)
     versions = next((dict(record.versions) for record in records), {})

@@ -15,14 +15,12 @@ import argparse
 import dataclasses
 import itertools
 import json
-import multiprocessing
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from network_pool import FRACTIONS, RESULTS, kept, pool, work
+from network_pool import FRACTIONS, RESULTS, kept, pool, train_side_by_side
 
 from lowsearch.accuracy.agreement import spearman
 from lowsearch.accuracy.ladder import RECORDS
@@ -72,16 +70,8 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     folder = arguments.work / data.data_hash
     todo = [(arch, seed) for seed in seeds for arch in archs if (arch.arch_id, seed) not in accuracy]
-    processes = multiprocessing.get_context("fork")
-    counter, ends = processes.Value("i", 0), time.time() + 60 * arguments.minutes
-    order = argparse.Namespace(work=folder, device=arguments.device)
-    workers = [processes.Process(target=work, args=(i, order, data, schedule, todo, counter, ends)) for i in range(arguments.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    of_file = (folder / RECORDS).exists()
-    accuracy |= {(r.arch_id, r.seed): r.val_accuracy for r in (AccuracyRecords(folder / RECORDS) if of_file else ()) if r.rung == 1.0}
+    train_side_by_side(argparse.Namespace(**{**vars(arguments), "work": folder}), data, schedule, todo)
+    accuracy |= {(r.arch_id, r.seed): r.val_accuracy for r in AccuracyRecords(folder / RECORDS) if r.rung == 1.0}
     return {
         "command": "python benchmarks/seed_ceiling.py", **expected, "data": data.name.partition(":")[0], "images": len(data.train),
         "recipe": schedule.to_dict(),

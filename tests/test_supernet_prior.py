@@ -79,16 +79,22 @@ def test_what_names_no_score_is_refused(accuracy: str) -> None:
         StudySettings(accuracy=accuracy)
 
 
-def test_a_search_by_a_supernet_from_the_command_line_to_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SearchSpace:
+    """The space of tiny.yaml, which lies in the current folder with a latency table of `some-board`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOWSEARCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(supernet_prior, "N_SCORED", 60)
     (tmp_path / "tiny.yaml").write_text((TESTS / "tiny_space.yaml").read_text())
     space = SearchSpace.load("tiny.yaml").with_num_classes(10)
     made_knowledge.table_of(space).save(tmp_path / "latency_tables")
-    upto = float(np.median([cost.count(space.decode(genome)).macs for genome in space.sample(200, rng=np.random.default_rng(0))]))
+    return space
+
+
+def test_a_search_by_a_supernet_from_the_command_line_to_the_page(
+    tiny: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supernet_prior, "N_SCORED", 60)
+    upto = float(np.median([cost.count(tiny.decode(genome)).macs for genome in tiny.sample(200, rng=np.random.default_rng(0))]))
     train = ["supernet", "train", "--name", "n", "--space", "tiny.yaml", "--steps", "4", "--max-macs", str(upto)]
     assert cli.invoke(train) == 0
     of_macs = {}
@@ -137,14 +143,9 @@ def test_a_search_by_a_supernet_from_the_command_line_to_the_page(
 
 
 def test_a_supernet_of_another_space_and_one_that_says_nothing_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOWSEARCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(supernet_prior, "N_SCORED", 12)
-    (tmp_path / "tiny.yaml").write_text((TESTS / "tiny_space.yaml").read_text())
-    space = SearchSpace.load("tiny.yaml").with_num_classes(10)
-    made_knowledge.table_of(space).save(tmp_path / "latency_tables")
     assert cli.invoke(["supernet", "train", "--name", "n", "--space", "tiny.yaml", "--steps", "1"]) == 0
     rng = np.random.default_rng(0)
     monkeypatch.setattr(
