@@ -141,7 +141,7 @@ def search(arguments: argparse.Namespace, folder: Path, seed: int, *, data: str,
     """Bring the study of `seed` to its end, by the command line that a user would type. It runs in this process, and ends with it."""
     command = ["run", "--study", f"real-{seed}", "--seed", str(seed), "--data", data, "--space", space, "--runtime", RUNTIME]
     command += ["--recipe", _absolute(arguments.recipe), *(word for change in arguments.recipe_set for word in ("--recipe-set", change))]
-    command += ["--workers", str(arguments.workers), "--final-seeds", "1"]
+    command += ["--workers", str(arguments.workers)]
     command += ["--trials", str(arguments.trials)] if arguments.trials else ["--budget", f"{round(60 * arguments.minutes)}s"]
     done = folder / f"study-{seed}.done"
     if done.exists() and done.read_text() == shlex.join(command):
