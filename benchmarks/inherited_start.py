@@ -21,17 +21,15 @@ import os
 import platform
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from controlled_pairs import effect
+from controlled_pairs import effect, images
 from network_pool import pool
 
 from lowsearch import cost
 from lowsearch.arch import Arch
-from lowsearch.data import ImageData, load_data
 from lowsearch.space import SearchSpace
 from lowsearch.train import recipe
 from lowsearch.train.full import train_fully
@@ -40,12 +38,6 @@ from lowsearch.train.supernet import inherit, load_supernet, read_plan
 RESULTS = Path(__file__).parent / "results" / "inherited_start.json"
 STARTS = {"random": 1.0, "inherited": 1.0, "inherited-slow": 1 / 3}
 """With what share of the recipe's learning rate, which was made for random weights."""
-
-
-@cache
-def images(name: str) -> ImageData:
-    """Decoded once by every process."""
-    return load_data(name)
 
 
 def train_one(arch: Arch, epochs: int, start: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,25 +60,19 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
     space = SearchSpace.load("lowformer-micro").with_num_classes(len(data.classes))
     archs = pool(space, arguments.networks)[: arguments.networks]
     tasks = [(arch, epochs, start) for arch in archs for epochs in sorted(arguments.epochs, reverse=True) for start in STARTS]
-    accuracy: dict[str, dict[str, float]] = {arch.arch_id: {} for arch in archs}
-    seconds: dict[str, dict[str, float]] = {arch.arch_id: {} for arch in archs}
+    accuracy: dict[Arch, dict[str, float]] = {arch: {} for arch in archs}
     with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as workers:
         running = {workers.submit(train_one, *task, arguments): task for task in tasks}
         for done, future in enumerate(as_completed(running), start=1):
             (arch, epochs, start), metrics = running[future], future.result()
-            accuracy[arch.arch_id][f"{start} {epochs}"] = metrics["val_accuracy"]
-            seconds[arch.arch_id][f"{start} {epochs}"] = metrics["cpu_seconds"]
+            accuracy[arch][f"{start} {epochs}"] = metrics["val_accuracy"]
             print(f"{done}/{len(tasks)} {arch.arch_id} {epochs} epochs, {start}: {100 * metrics['val_accuracy']:.2f} %", flush=True)
     return {
         "command": "python benchmarks/inherited_start.py", "date": time.strftime("%Y-%m-%d"), "machine": platform.machine(),
         "data": data.name.partition(":")[0], "data_hash": data.data_hash, "seed": arguments.seed, "epochs": sorted(arguments.epochs),
         "supernet": {"supernet_hash": plan.supernet_hash, "steps": plan.steps, "max_macs": plan.max_macs},
         "networks": [
-            {
-                "arch_id": arch.arch_id, "macs": cost.count(arch).macs, "val_accuracy": accuracy[arch.arch_id],
-                "cpu_seconds": seconds[arch.arch_id],
-            }
-            for arch in archs
+            {"arch_id": arch.arch_id, "macs": cost.count(arch).macs, "val_accuracy": accuracy[arch]} for arch in archs
         ],
     }  # fmt: skip
 
