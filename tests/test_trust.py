@@ -445,12 +445,12 @@ def test_a_search_that_is_steered_by_a_useless_predictor_goes_on_at_random_and_s
     folder = tmp_path / "study"
     found = search(folder, StudySettings(trials=30, workers=1, seed=1), fit=lambda records: Lying(records, "predict", seed=2))
     since = json.loads((folder / "gate.json").read_text())["steering"]["changes"][0]
-    assert f"from trial {since} on, networks are drawn at random" in what_failed(folder, "steering")
+    assert f"from trial {since} on, networks are drawn at random and trained on the whole schedule" in what_failed(folder, "steering")
     assert what_failed(folder, "promotion") == ""
     proposals = [c for c in found if c.origin != "family"]
     assert {c.origin for c in proposals if c.number < since} == {"proposed"}
     after = [c for c in proposals if c.number >= since]
-    assert len(after) > 3 and {c.origin for c in after} == {"random"} and {c.rung for c in after} > {1.0}  # Still promoted.
+    assert len(after) > 3 and {c.origin for c in after} == {"random"} and {c.rung for c in after} == {1.0}  # What it is judged by anew.
     resumed = search(folder, StudySettings(trials=33, workers=1, seed=1))  # with an honest predictor, which is not judged yet
     assert {c.origin for c in resumed[len(found) :]} == {"random"}
 
@@ -464,7 +464,7 @@ def test_a_predictor_that_has_learned_to_rank_steers_again(tmp_path: Path, monke
 
     found = search(folder, StudySettings(trials=40, workers=1, seed=1), fit=fit)
     off, on = json.loads((folder / "gate.json").read_text())["steering"]["changes"]
-    assert f"in trials {off} to {on - 1}, networks are drawn at random" in what_failed(folder, "steering")
+    assert f"in trials {off} to {on - 1}, networks are drawn at random and trained on the whole schedule" in what_failed(folder, "steering")
     for c in found:
         assert c.origin == "family" or c.origin == ("random" if off <= c.number < on else "proposed")
     assert max(c.number for c in found) > on

@@ -2,10 +2,11 @@
 
 Two things rest on the predictor, and each is judged for itself on the networks that were trained on the whole schedule, every one
 predicted by a predictor that was fitted without it. **Steering**: which networks are proposed is decided by their architecture alone, so
-predictions by the architecture are held against outcomes; where they clearly fail, the search proposes at random. **Promotion**: who trains
-on is decided by the forecast from the lowest rung and the architecture; where that clearly fails, every network is trained to the end. Both
-are slower, and true. What failed has to earn its trust: it is followed again once it ranks as a useful signal does. A judgement is a
-function of the records and the judgement before, so that a resumed study judges as an uninterrupted one would.
+predictions by the architecture are held against outcomes; where they clearly fail, the search proposes at random, and trains to the end,
+for only whole trainings teach and examine the predictor anew. **Promotion**: who trains on is decided by the forecast from the lowest rung
+and the architecture; where that clearly fails, every network is trained to the end. Both are slower, and true. What failed has to earn
+its trust: it is followed again once it ranks as a useful signal does. A judgement is a function of the records and the judgement before,
+so that a resumed study judges as an uninterrupted one would.
 
 Networks that were promoted are more alike than random ones, so this errs on the side of doubt; it is a smoke alarm. `lowsearch trust` is
 the examination, on networks held out for it.
@@ -120,7 +121,11 @@ def what_failed(folder: Path, signal: Signal) -> str:
     if not changes:
         return ""
     who, by, what = {
-        "steering": ("the accuracy predictor", "its prediction by the architecture", "networks are drawn at random"),
+        "steering": (
+            "the accuracy predictor",
+            "its prediction by the architecture",
+            "networks are drawn at random and trained on the whole schedule",
+        ),
         "promotion": ("early stopping", "the forecast from the lowest rung", "every network is trained on the whole schedule"),
     }[signal]
     rho, n = stored[signal]["spearman"], stored[signal]["n_networks"]

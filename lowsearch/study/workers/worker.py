@@ -154,9 +154,12 @@ class SearchWorker:
         return self._plan.settings.sampler == "random" or not (self._gate is None or self._gate.follows("steering", trial=number))
 
     def _trains_whole(self, trial: Trial) -> bool:
-        """Whether the network of `trial` is trained to the end, whatever it promises."""
+        """Whether the network of `trial` is trained to the end, whatever it promises.
+
+        A predictor that does not steer stops nobody either: it is learned and examined from whole trainings, and would get no more.
+        """
         chosen = trial.user_attrs["origin"] == "family" or bool(trial.user_attrs.get(WHOLE_SCHEDULE))
-        return chosen or not (self._gate is None or self._gate.follows("promotion", trial=trial.number))
+        return chosen or not (self._gate is None or all(self._gate.follows(signal, trial=trial.number) for signal in SIGNALS))
 
     def _enough(self) -> bool:
         """Whether nothing is waiting and the sampler has proposed all it may, or all there is."""
