@@ -33,8 +33,9 @@ from lowsearch.study.parts import Record, Scorer
 Signal = Literal["steering", "promotion"]
 SIGNALS: tuple[Signal, ...] = ("steering", "promotion")
 MIN_NETWORKS = 24
-"""Fully trained networks before anything is judged. Of eleven others a predictor has learned little: at 12 to 19 networks also one that
-ranks well later looks useless now and then (benchmarks/gate_rule.py), and a search of a few minutes would end before it had made up."""
+"""Fully trained networks before anything is judged. Of eleven others a predictor has learned little: at 12 to 19 networks one that ranks
+well later looks useless in up to a fifth of the searches, at 24 in a tenth (benchmarks/gate_rule.py), and short ones end before its return.
+"""
 USEFUL = 0.4
 """A signal fails where its rank correlation is with CONFIDENCE below this, and is followed again where the estimate reaches it."""
 CONFIDENCE = 0.9
