@@ -42,6 +42,7 @@ from lowsearch.study.gate import (
     clearly_fails,
     follows_next,
     judged_signals,
+    unjudged,
     what_failed,
 )
 from lowsearch.study.held_out import Band
@@ -555,8 +556,8 @@ def test_the_page_shows_the_forecast_the_verdict_and_the_end_of_steering(tmp_pat
     assert "Predictions rank networks" in page and f"{steering['spearman']:.2f}" in page
     assert f"which promote, {forecast['spearman']:.2f}" in page
     assert steering["n_networks"] < MIN_NETWORKS and "too few for the search to judge its predictor" in page
-    enough = {"steering": {**steering, "n_networks": MIN_NETWORKS}}
-    (folder / "summary.json").write_text(json.dumps({**result.summary, **enough}))
+    assert not unjudged(MIN_NETWORKS)
+    (folder / "summary.json").write_text(json.dumps({**result.summary, "unjudged": ""}))
     assert "too few" not in sections.body(read_study(folder))
     before = {name: value for name, value in result.summary.items() if name != "steering"}  # A study from before.
     (folder / "summary.json").write_text(json.dumps(before))

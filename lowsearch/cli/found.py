@@ -59,8 +59,6 @@ def print_sharing(summary: Mapping[str, Any]) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    from lowsearch.study.gate import unjudged
-
     judged = {
         "steering": "predictions by the architecture alone, which steer,",
         "forecast": "forecasts from the lowest rung, which promote,",
@@ -74,9 +72,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for why in filter(None, (summary["steering_ended"], summary["promotion_ended"])):
         tell(why)
     if summary["steering"]["low"] is not None:
-        n_networks = summary["steering"]["n_networks"]
-        if why := unjudged(n_networks):
-            tell(f"{n_networks} networks are {why}")
+        if summary["unjudged"]:
+            tell(f"{summary['steering']['n_networks']} networks are {summary['unjudged']}")
         tell("on networks held out for it: lowsearch trust")
     if (verified := summary["verified"])["networks"]:
         worst = f", the worst by {100 * verified['worst_excess']:.1f} %; those were not trained" if verified["over"] else ""

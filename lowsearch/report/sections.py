@@ -13,7 +13,6 @@ from lowsearch.report import tables
 from lowsearch.report.study_files import Network, StudyFiles
 from lowsearch.report.tables import Estimate, FamilyComparison, PredictionError, duration, milliseconds, percent, plus_minus
 from lowsearch.search.objectives import OBJECTIVES, Metric
-from lowsearch.study.gate import unjudged
 
 SOURCES = {
     "measured": "timed on the device itself, in fresh processes, as a whole network or as a single block",
@@ -342,7 +341,7 @@ def trust_card(study: StudyFiles) -> Card | None:
     how = (
         f"Spearman of predictions by the architecture alone, which steer, over {found['n_networks']} fully trained networks, each left out"
     )
-    how += f", {why}" if (why := unjudged(found["n_networks"])) else ""
+    how += f", {why}" if (why := study.summary.get("unjudged")) else ""
     if forecast.get("low") is not None:
         how += f"; of forecasts from the lowest rung, which promote, {forecast['spearman']:.2f}"
     how += "; not yet examined on networks that the search did not choose (lowsearch trust)"

@@ -40,7 +40,7 @@ from lowsearch.search.feasible import all_to_try, check_limits
 from lowsearch.search.verification import VerifiedCheck, checked
 from lowsearch.study import finalists
 from lowsearch.study.assembly import build_parts, prepare, resolve
-from lowsearch.study.gate import SIGNALS, Signal, judged_signals, what_failed
+from lowsearch.study.gate import SIGNALS, Signal, judged_signals, unjudged, what_failed
 from lowsearch.study.outputs import StudyFiles, decode
 from lowsearch.study.parts import Parts, Progress, stand_in_of
 from lowsearch.study.settings import SCHEMA, VERSION, StudySettings, check_resumable, read_study_file, stored_settings
@@ -454,6 +454,7 @@ class _Run:
             "ladder": self._ladder_check(),
             "steering": dataclasses.asdict(signals["steering"]),
             "forecast": dataclasses.asdict(signals["promotion"]),
+            "unjudged": unjudged(signals["steering"].n_networks),
             **{f"{signal}_ended": what_failed(self._folder, signal) for signal in SIGNALS},
             "spent_s": dict(self._clock.spent_s),
         }
