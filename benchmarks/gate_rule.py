@@ -8,8 +8,8 @@ signal after the look at n networks, whatever was judged before, beside a gate t
 - **drawn**: signal and outcome drawn from a bivariate normal of known Spearman, 20,000 searches each;
 - **trained**: random networks of the closed pool in random order, really trained, judged by the gate's own cross-validation with the
   predictor of studies; with the accuracies as they are, and dealt out anew over the networks, which no predictor can foretell;
-- **searches**: the records of real studies, judged as they stood when the n-th network had been trained whole. The committed ones are the
-  five of front_quality.py on Fashion-MNIST. Without --studies what the results hold of them is kept.
+- **searches**: the records of real studies, judged as they stood when the n-th network had been trained whole. The committed ones are
+  lowsearch-0 to 4 of front_quality.py --budget 1200; without --studies their Spearmans are kept, and judged by the rule of now.
 Writes benchmarks/results/gate_rule.json.
 """
 
@@ -115,7 +115,7 @@ def trained(*, shuffled: bool) -> dict[str, Any]:
 
 
 def searched(folder: Path) -> dict[str, Any]:
-    """Steering's Spearman at every look of the study in `folder`, and whether the gate would do without it, or an early one."""
+    """Steering's Spearman at every look of the study in `folder`."""
     space = SearchSpace.load(folder / "space.yaml")
     records = list(AccuracyRecords(folder / "records.jsonl"))
     untrained = AccuracyPredictor(space)
@@ -128,13 +128,16 @@ def searched(folder: Path) -> dict[str, Any]:
         if len(whole) in looks():
             rho = judged_signals(records[: i + 1], space, lambda known: copy.copy(untrained).fit(known))["steering"].spearman
             found[str(len(whole))] = -1.0 if rho is None else round(rho, 4)
-    off = {}
-    for name, rule in (("off_at", by_the_gate), ("off_by_an_early_gate_at", by_an_early_gate)):
-        followed, off[name] = True, []
-        for n, rho in found.items():
-            followed = rule(rho, int(n), followed)
-            off[name] += [] if followed else [int(n)]
-    return {"study": folder.name, "data_hash": records[0].data_hash, "networks": len(whole), "spearman": found, **off}
+    return {"study": folder.name, "data_hash": records[0].data_hash, "networks": len(whole), "spearman": found}
+
+
+def off_at(spearmans: dict[str, float], rule: Rule) -> list[int]:
+    """Networks at the looks after which a search of these Spearmans, by look, does without the signal."""
+    followed, off = True, []
+    for n, rho in spearmans.items():
+        followed = rule(rho, int(n), followed)
+        off += [] if followed else [int(n)]
+    return off
 
 
 def with_first_rung(records: Sequence[AccuracyRecord]) -> list[AccuracyRecord]:
@@ -161,6 +164,7 @@ def main() -> None:
             print(f"  Spearman {true}: " + "  ".join(f"{n}: {100 * share:.1f} %" for n, share in shares.items()), flush=True)
     result["searches"] = [searched(folder) for folder in arguments.studies] if arguments.studies else stored.get("searches", [])
     for found in result["searches"]:
+        found |= {"off_at": off_at(found["spearman"], by_the_gate), "off_by_an_early_gate_at": off_at(found["spearman"], by_an_early_gate)}
         print(found, flush=True)
     result["trained"] = {"accuracies dealt out anew": trained(shuffled=True), "accuracies as they are": trained(shuffled=False)}
     for name, found in result["trained"].items():
