@@ -47,7 +47,7 @@ import postgres_server
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 N_IMAGES = {"train": 256, "val": 200, "test": 200}
 PATIENCE_S = 1200
-AWAY_S = 10
+AWAY_S = 60
 
 
 def main() -> None:

@@ -164,10 +164,11 @@ class SearchSpace:
 
     def active(self, genomes: np.ndarray) -> np.ndarray:
         """Which genes have an effect, (n, n_genes) bool."""
-        mask = np.ones(genomes.shape, dtype=bool)
+        choices = np.ascontiguousarray(genomes.T)  # Gene by gene: what is read and written together lies together.
+        mask = np.ones(choices.shape, dtype=bool)
         for gene, condition, effective in self._conditions:
-            mask[:, gene] &= effective[genomes[:, condition]]
-        return mask
+            mask[gene] &= effective.take(choices[condition])
+        return np.ascontiguousarray(mask.T)
 
     def canonical(self, genomes: np.ndarray) -> np.ndarray:
         """The genomes with every gene without effect set to 0. Raises NotInSpaceError on a wrong shape or an index out of range."""

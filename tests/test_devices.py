@@ -143,6 +143,21 @@ def test_every_other_network_is_proposed_for_all_devices_and_the_rest_for_one_al
 # Regret
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_a_limit_on_the_worst_case_holds_for_whom_a_network_is_proposed_for_too(number):
+    genomes = TINY.all_genomes()
+    medians = {label: float(np.median(model.predict(genomes)[0])) for label, model in MODELS.items()}
+    fleet = Fleet(MODELS, {label: Scale(fast_ms=ms, slow_ms=2 * ms, exponent=1.0) for label, ms in medians.items()})
+    limits, whole = parse_limits(maxima=["worst_latency=1"]), Estimator(TINY, fleet)
+    for label in fleet.labels:
+        assert (excess(whole.on_device(label).estimate(genomes), limits) < excess(whole.estimate(genomes), limits)).any()
+    sampler = LowSearchSampler(TINY, latency=fleet, accuracy=MACS, objectives="acc-worstlatency", limits=limits, candidates=genomes)
+    for _ in range(20):
+        genome = sampler.propose([], number=number)
+        assert excess(whole.estimate(genome[None]), limits)[0] == 0
+        number += 6
+
+
 @pytest.mark.parametrize("n_others", [1, 2])
 def test_regret_is_what_going_through_all_pairs_gives(n_others):
     rng = np.random.default_rng(n_others)
@@ -344,6 +359,15 @@ def test_a_missing_table_and_an_attached_device_that_is_not_first_are_told_befor
     attached = attached_devices()[0].slug
     with pytest.raises(UsageError, match=f"named first.*--device {attached} --device {OFFICE}"):
         prepare(tmp_path / "study", resolve(StudySettings(device=f"{OFFICE},cpu", runtime="openvino", accuracy="macs")), None)
+
+
+def test_a_limit_that_needs_no_measurement_is_judged_before_anything_is_measured(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowsearch.study.assembly._prepare_table", lambda *_, **__: pytest.fail("it measures first"))
+    (tmp_path / "study").mkdir()
+    settings = resolve(StudySettings(accuracy="macs", limits=parse_limits(maxima=["macs=1"])))
+    with pytest.raises(StudyError, match="no network of space 'lowformer-micro' keeps macs <= 1") as caught:
+        prepare(tmp_path / "study", settings, None)
+    assert "--max macs=" in (caught.value.hint or "")
 
 
 def test_what_a_run_left_that_ended_before_its_study_was_made_says_nothing(tables, home):

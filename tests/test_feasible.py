@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import threading
@@ -89,6 +90,16 @@ def test_exhaustive_proposes_the_same_after_an_interruption_and_another_order_fo
     assert genomes_of(search(tmp_path / "other", other)) != whole
 
 
+def test_exhaustive_goes_on_in_its_order_whatever_was_measured_over_the_limit(tmp_path):
+    limits = parse_limits(maxima=["latency_ms=0.2"])
+    settings = StudySettings(sampler="exhaustive", trials=20, workers=1, seed=5, limits=limits, device="doubtful")
+    whole = fakes.search(tmp_path / "whole", settings)
+    assert any(c.reason.startswith("measured over limit") for c in whole[:6]), "else it proves nothing"
+    for trials in (5, 10, 15, 20):
+        resumed = fakes.search(tmp_path / "study", dataclasses.replace(settings, trials=trials))
+    assert [(c.genome.tolist(), c.state) for c in resumed] == [(c.genome.tolist(), c.state) for c in whole]
+
+
 def test_a_space_too_large_to_try_whole_is_refused_with_its_size_and_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(StudyError, match=r"'lowformer-micro' has 4\.62e\+16 networks") as caught:
         feasible.all_to_try(Estimator(MICRO, None), ())
@@ -97,6 +108,17 @@ def test_a_space_too_large_to_try_whole_is_refused_with_its_size_and_what_to_do(
     with pytest.raises(StudyError, match="108 networks of space 'tiny' keep the limits"):
         studies.run(StudySettings(sampler="exhaustive", workers=1), tmp_path / "study", backend=fakes.backend())
     assert not (tmp_path / "study" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize("sampler", ["random", "gp"])
+def test_another_sampler_ends_as_well_when_it_finds_nothing_new(tmp_path, monkeypatch, sampler):
+    monkeypatch.setattr(feasible, "MAX_LISTED", 0)  # Nobody can tell that all were tried.
+    monkeypatch.setenv("FAKE_SPACE", str(TESTS / "tiny_space.yaml"))
+    monkeypatch.setattr("lowsearch.search.foreign.MAX_DRAWS", 3)
+    monkeypatch.setattr("lowsearch.search.foreign.N_SAMPLED", 8)
+    study = search(tmp_path / "study", StudySettings(trials=1000, workers=1, sampler=sampler))
+    assert len(TINY.family) < len(genomes_of(study)) < TINY.size()
+    assert not is_exhausted(study) and "the same command looks again" in why_ended(study)
 
 
 def test_our_sampler_ends_as_well_when_nothing_is_left(tmp_path):

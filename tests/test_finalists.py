@@ -13,8 +13,9 @@ import pytest
 import study_fakes as fakes
 
 from lowsearch.arch import Arch
-from lowsearch.cli.found import print_summary
+from lowsearch.cli.found import print_front, print_summary
 from lowsearch.report.page import build_report
+from lowsearch.report.study_files import read_study
 from lowsearch.search import pareto
 from lowsearch.search.objectives import parse_limits
 from lowsearch.study.finalists import (
@@ -338,16 +339,44 @@ def test_where_no_network_keeps_its_limits_one_line_names_the_nearest():
     assert why_none_is_left(settings, parts(), Measurements()) == ""
 
 
-def test_a_study_whose_proposals_all_broke_their_limit_ends_with_the_family_and_says_so(tmp_path, monkeypatch, caplog):
+def test_a_study_whose_proposals_all_broke_their_limit_ends_with_the_family_and_says_so(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr(fakes, "measure", lambda archs, progress: [fakes.FakeMeasured(9.0, 0.001) for _ in archs])
     settings = StudySettings(trials=2, workers=1, limits=parse_limits(maxima=["latency_ms=0.5"]))
     result = run(settings, tmp_path / "study", backend=fakes.backend())
-    names = {row["name"] for row in rows_of(tmp_path / "study" / "finalists.csv")}
-    assert names <= set(SPACE.family)
+    rows = rows_of(tmp_path / "study" / "finalists.csv")
+    assert rows and {row["name"] for row in rows} <= set(SPACE.family)
+    assert {(row["on_front"], row["breaks"]) for row in rows} == {("false", "latency_ms <= 0.5")}  # For comparison only.
+    assert result.front == rows_of(tmp_path / "study" / "front.csv") == []
     assert result.summary["none_kept"] in caplog.messages and "\n" not in result.summary["none_kept"]
     print_summary(result.summary)
+    print_front(read_study(tmp_path / "study"), result.front)
+    printed = capsys.readouterr()
+    assert f"latency_ms <= 0.5 ({len(rows)} of {len(rows)})" in printed.err and "no network kept the limits" in printed.err
     page = build_report(tmp_path / "study").read_text()
     assert "none of the search&#x27;s own is a finalist" in page
+
+
+@pytest.mark.parametrize("objective", ["acc-latency", "latency"])
+def test_no_finalist_whose_final_training_misses_a_limit_on_accuracy_is_on_the_front(tmp_path, objective):
+    found = make_candidates(30)
+    bound = float(np.median([c.accuracy for c in found]))
+    settings = dataclasses.replace(SETTINGS, objective=objective, limits=parse_limits(minima=[f"accuracy={bound!r}"]))
+    made = parts(tmp_path)
+    reference = REFERENCE[-len(settings.objectives) :]
+    plan, measured = plan_finals(tmp_path, settings, made, found, reference, schedule_cpu_s=10.0)
+    train_planned(tmp_path, made)
+    write_finals(tmp_path, settings, made, plan, measured, describe=lambda archs: None)
+    rows = rows_of(tmp_path / "finalists.csv")
+    for row in rows:
+        assert (row["breaks"] == f"accuracy >= {bound:g}") == (float(row["val_accuracy"]) < bound)
+    keeping = [row for row in rows if not row["breaks"]]
+    costs = settings.objectives.costs(
+        {m: np.array([float(r["val_accuracy" if m == "accuracy" else m]) for r in keeping]) for m in settings.objectives.metrics}
+    )
+    assert [row["arch_id"] for row in rows if row["on_front"] == "true"] == [
+        row["arch_id"] for row, on_front in zip(keeping, pareto.non_dominated(costs), strict=True) if on_front
+    ]
+    assert keeping and len(keeping) < len(rows)
 
 
 # The files

@@ -71,6 +71,10 @@ def test_what_is_typed_changes_what_belongs_to_it(home, monkeypatch, typed, chan
         invoke(["run", "--from", "old", *typed])
     old = stored_settings(home / "old")
     assert old and asked[0].to_dict() == {**old.to_dict(), **changed}
+    if "--budget" in typed:  # A study that goes on is made longer alike: by trials alone it would end at once.
+        with pytest.raises(Ended):
+            invoke(["run", "--study", "old", *typed])
+        assert asked[1].to_dict() == asked[0].to_dict()
 
 
 @pytest.mark.parametrize(

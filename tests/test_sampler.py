@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
+from scipy import stats
 
 from lowsearch import cost
 from lowsearch.accuracy.predictor import AccuracyPredictor
@@ -21,9 +22,10 @@ from lowsearch.latency.predictor import LatencyPredictor
 from lowsearch.latency.table import SHIPPED, LatencyTable
 from lowsearch.search import pareto
 from lowsearch.search.devices import Fleet, Scale
-from lowsearch.search.estimates import Estimator
+from lowsearch.search.estimates import Estimator, excess
 from lowsearch.search.objectives import parse_limits
-from lowsearch.search.sampler import WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices, suggest_genome
+from lowsearch.search.sampler import ACCURACY_LIMIT, WHOLE_SCHEDULE, WHY, Evolution, LowSearchSampler, gene_indices, suggest_genome
+from lowsearch.search.samplers import Task, without_predictor
 from lowsearch.search.training_time import TrainingTime
 from lowsearch.space import SearchSpace
 
@@ -533,6 +535,78 @@ def test_a_trial_that_breaks_a_constraint_takes_no_gain_from_others_and_is_not_p
     assert found.why != "expected gain 0" and (found.genome != best).any()
     if state == TrialState.COMPLETE:
         assert float(sampler.proposal(with_one_more(0.0), number=9).why.removeprefix("expected gain ")) < 1e-9
+
+
+def test_a_constraint_that_trials_tell_is_predicted_once_eight_told_it():
+    candidates = SPACE.sample(400, rng=np.random.default_rng(0))
+    params = SCORE(candidates)[:, 1]
+    bound = float(np.quantile(params, 0.15))
+    settings = {"candidates": candidates, "evolution": dataclasses.replace(SMALL, explore=0.0, learn=0.0)}
+
+    def kept(name):
+        """Of the ninth to the last proposal, the share that keeps a constraint called `name`."""
+        sampler = make_sampler(**settings)
+        study, shares = optuna.create_study(directions=sampler.directions, sampler=sampler), []
+
+        def objective(trial):
+            genome = sampler.suggest(trial)
+            excess = float(np.log(SCORE(genome[None])[0, 1] / bound))
+            trial.set_constraint(name, excess)
+            shares.append(excess <= 0)
+            return tuple(truth(genome[None], sampler.objectives.metrics)[0])
+
+        study.optimize(objective, n_trials=24)
+        return np.mean(shares[8:])
+
+    assert kept("weights") > 2 * kept(ACCURACY_LIMIT) > 0  # One that studies set is not: its limit is known already.
+
+
+def test_with_a_limit_on_accuracy_alone_a_gain_counts_by_the_chance_that_it_is_kept():
+    candidates = SPACE.sample(300, rng=np.random.default_rng(0))
+    accuracy, latency_ms = FakeAccuracy().predict(candidates)[0], FakeLatency().predict(candidates)[0]
+    bound = float(np.quantile(accuracy, 0.6))
+    sampler = make_sampler(
+        objectives="latency", limits=parse_limits(minima=[f"accuracy={bound}"]), candidates=candidates,
+        evolution=dataclasses.replace(SMALL, explore=0.0, learn=0.0),
+    )  # fmt: skip
+    study = optuna.create_study(directions=sampler.directions)
+    expected, best_ms = [], np.exp(sampler._reference[0])
+    for number in range(12):
+        left = ~np.isin(np.arange(len(candidates)), expected)
+        gain = np.maximum(0.0, np.log(best_ms / latency_ms)) * stats.norm.cdf((accuracy - bound) / 0.01)
+        expected.append(int(np.argmax(np.where(left & (accuracy + 0.02 >= bound), gain, -1.0))))
+        found = sampler.propose(study.trials, number=number)
+        assert (found == candidates[expected[-1]]).all()
+        study.enqueue_trial(gene_indices(found, SPACE))
+        trial = study.ask()
+        suggest_genome(trial, SPACE)
+        kept = accuracy[expected[-1]] >= bound
+        trial.set_constraint(ACCURACY_LIMIT, bound - accuracy[expected[-1]])
+        study.tell(trial, float(latency_ms[expected[-1]]))
+        best_ms = min(best_ms, latency_ms[expected[-1]]) if kept else best_ms  # What falls short takes no gain from others.
+    assert 0 < (accuracy[expected] < bound).sum() < 12
+
+
+def test_a_limit_on_an_accuracy_of_which_nothing_is_known_yet_leaves_the_rest():
+    limits = parse_limits(minima=["accuracy=0.5"])
+    limited = make_sampler(objectives="latency", accuracy=lambda: None, limits=limits)
+    assert (limited.propose([], number=0) == make_sampler(objectives="latency").propose([], number=0)).all()
+
+
+def test_a_limit_on_an_accuracy_that_nothing_tells_is_refused():
+    with pytest.raises(UsageError, match="nothing tells it"):
+        make_sampler(objectives="latency", accuracy=None, limits=parse_limits(minima=["accuracy=0.5"]))
+
+
+def test_without_a_predictor_networks_are_random_ones_within_limits_that_random_sampling_misses():
+    limits = parse_limits(maxima=["macs=6.5e5"])
+    assert (excess(EXACT.estimate(SPACE.sample(4096, rng=np.random.default_rng(1))), limits) > 0).all()
+    task = Task(
+        space=SPACE, estimator=Estimator(SPACE, FakeLatency()), accuracy=FakeAccuracy(), objectives=make_sampler().objectives,
+        limits=limits, reference={}, seed=0, acceptable=lambda genomes: np.ones(len(genomes), dtype=bool),
+    )  # fmt: skip
+    _, genomes = run(without_predictor(task), 6)
+    assert (excess(EXACT.estimate(genomes), limits) == 0).all() and len(np.unique(genomes, axis=0)) == 6
 
 
 def test_a_training_in_flight_is_not_proposed_again_and_its_gain_is_taken():

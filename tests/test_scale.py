@@ -331,6 +331,15 @@ def test_the_end_of_the_search_ends_joined_workers(tmp_path):
     assert "running" not in {c.state for c in candidates(study, SPACE)}
 
 
+def test_a_study_whose_trainings_are_tasks_of_ray_is_not_joined(tmp_path):
+    settings, folder = StudySettings(trials=3, workers=1, engine="ray"), tmp_path / "study"
+    folder.mkdir()
+    studies._opened(folder, settings, fakes.make_parts(folder, settings))
+    (folder / studies.HOST).write_text(socket.gethostname())
+    with studies.locked(folder), pytest.raises(StudyError, match="tasks of Ray"):
+        join(folder, workers=1, backend=fakes.backend())
+
+
 def test_a_study_that_nobody_runs_or_another_machine_holds_is_not_joined(tmp_path, monkeypatch):
     with pytest.raises(StudyError, match="holds no study.yaml"):
         join(tmp_path, workers=1)

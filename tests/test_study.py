@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import optuna
@@ -19,6 +20,7 @@ import study_fakes as fakes
 from lowsearch import footprint
 from lowsearch.errors import DataError, StudyError, UsageError
 from lowsearch.report.study_files import read_study
+from lowsearch.search import pareto
 from lowsearch.search.objectives import parse_limits
 from lowsearch.search.promotion import slice_edges, standing
 from lowsearch.study import refinement
@@ -28,8 +30,9 @@ from lowsearch.study.outputs import StudyFiles
 from lowsearch.study.refinement import Lead
 from lowsearch.study.run import Clock, run
 from lowsearch.study.settings import StudySettings, check_resumable, stored_settings
-from lowsearch.study.storage import candidates, n_proposals, open_study
-from lowsearch.study.workers.worker import Plan
+from lowsearch.study.storage import candidates, n_proposals, open_study, why_ended
+from lowsearch.study.workers.conductor import Conductor
+from lowsearch.study.workers.worker import Abandoned, Plan, SearchWorker
 
 SPACE, Death, Interrupting, essence, search = fakes.SPACE, fakes.Death, fakes.Interrupting, fakes.essence, fakes.search
 FAMILY = [arch.arch_id for arch in SPACE.family.values()]
@@ -137,6 +140,22 @@ def test_networks_over_a_limit_are_never_trained_and_do_not_count(tmp_path, samp
         assert all(c.state == "complete" for c in found if c.origin != "family")
 
 
+@pytest.mark.parametrize("objective", ["latency", "acc-latency"])
+def test_what_was_trained_and_misses_a_limit_on_accuracy_breaks_a_constraint_and_adds_no_hypervolume(tmp_path, objective):
+    folder, limits = tmp_path / "study", parse_limits(minima=["accuracy=0.57"])
+    settings = StudySettings(trials=8, workers=1, objective=objective, limits=limits)
+    found = search(folder, settings)
+    parts, plan = fakes.make_parts(folder, settings), Plan.read(folder)
+    trials = open_study(folder, settings.objectives).get_trials()
+    done = [(c, t) for c, t in zip(found, trials, strict=True) if c.state == "complete"]
+    for c, trial in done:
+        assert trial.constraints == {"limits": 0.0, "accuracy_limit": pytest.approx(0.57 - c.accuracy)}
+    keeping = [trial.values for c, trial in done if c.accuracy >= 0.57]
+    assert 0 < len(keeping) < len(done)
+    written = StudyFiles(folder, settings, parts, plan.reference_costs).refresh(found)
+    assert written == pytest.approx(pareto.hypervolume(settings.objectives.costs(np.array(keeping)), plan.reference_costs))
+
+
 def test_plain_optuna_reads_values_genes_and_what_the_study_notes(searched):
     folder, found = searched
     study = optuna.load_study(study_name="lowsearch", storage=f"sqlite:///{folder / 'study.db'}")
@@ -176,11 +195,17 @@ def test_a_repeated_network_is_pruned_with_its_reason(tmp_path):
     assert n_proposals(study) == 3
 
 
-def test_a_sampler_that_only_repeats_is_stopped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [SearchWorker, partial(Conductor, engine=None)], ids=["worker", "conductor"])
+def test_a_sampler_that_only_repeats_ends_the_search_with_what_it_has(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("lowsearch.study.workers.worker.MAX_PRUNED_IN_A_ROW", 3)
     monkeypatch.setattr(optuna.samplers.TPESampler, "sample_independent", lambda *_: 0)
-    with pytest.raises(StudyError, match="3 proposals of sampler 'tpe' in a row"):
-        search(tmp_path / "study", StudySettings(trials=4, workers=1, sampler="tpe"))
+    settings = StudySettings(trials=4, workers=1, sampler="tpe")
+    found = search(tmp_path / "study", settings, kind=kind)
+    assert [c.state for c in found[-3:]] == ["pruned"] * 3
+    assert "among the 3 candidates" in why_ended(open_study(tmp_path / "study", settings.objectives))
+    over = StudySettings(trials=4, workers=1, sampler="tpe", limits=parse_limits(maxima=["params=60000"]))
+    with pytest.raises((StudyError, Abandoned), match="3 proposals of sampler 'tpe' in a row"):  # Then there is nothing to end with.
+        search(tmp_path / "over", over, kind=kind)
 
 
 # Promotion

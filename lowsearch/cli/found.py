@@ -88,6 +88,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         )
     elif limit["limited"]:
         tell(f"all {limit['limited']} shortlisted networks kept the latency limit when measured")
+    if summary["broken_in_finals"]:
+        tell(summary["broken_in_finals"])
     pace = summary["pace"]
     if pace is not None and abs(pace - 1) >= 0.02:
         change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"

@@ -167,9 +167,9 @@ def run(
     else:  # A study goes on as it was made; only what was typed is asked of it anew.
         flags = {"limits": ("maximum", "minimum", "confidence"), "budget_s": ("budget",), "recipe": ("recipe", "recipe_set")}
         typed = {name for name in asked if any(was_typed(context, flag) for flag in flags.get(name, (name,)))}
-        if origin is not None:  # Another device has another runtime, and what was typed of the length is all of it.
-            typed |= {"runtime"} if "device" in typed else set()
-            typed |= {"budget_s", "trials"} if typed & {"budget_s", "trials"} else set()
+        typed |= {"budget_s", "trials"} if typed & {"budget_s", "trials"} else set()  # What was typed of the length is all of it.
+        if origin is not None and "device" in typed:  # Another device has another runtime.
+            typed.add("runtime")
         settings = dataclasses.replace(stored, **{name: asked[name] for name in typed})
     with progress_bar() as progress:
         result = run_study(settings, folder, progress=progress)

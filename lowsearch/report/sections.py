@@ -166,7 +166,8 @@ def _steering_notice(study: StudyFiles) -> str:
 
 
 def _end_notice(study: StudyFiles) -> str:
-    why = [f"The search has ended early: {ended}" if (ended := study.summary.get("search_ended")) else "", study.summary.get("none_kept")]
+    why = [f"The search has ended early: {ended}" if (ended := study.summary.get("search_ended")) else ""]
+    why += [study.summary.get(name) for name in ("none_kept", "broken_in_finals")]
     return "".join(f'<p class="notice">{escape(text[0].upper() + text[1:])}.</p>' for text in why if text)
 
 

@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Protocol
 
 import numpy as np
+from scipy.special import ndtr
 
 from lowsearch import cost, footprint
 from lowsearch.accuracy.scores import Scores, Unit
@@ -155,6 +156,15 @@ class Estimator:
             mean["worst_latency"] = self.latency.worst(by_device)[0]
         return replace(estimates, mean=mean, by_device=by_device)
 
+    def as_its_own(self, estimates: Estimates) -> Estimates:
+        """`estimates` that `on_device` made, with the worst case over all devices."""
+        if not isinstance(self.latency, Fleet):
+            return estimates
+        worst, std = self.latency.worst(estimates.by_device)
+        return replace(
+            estimates, mean={**estimates.mean, "worst_latency": worst}, std={**estimates.std, "worst_latency": std}
+        )  # fmt: skip
+
     def on_device(self, label: str) -> Estimator:
         """Of a fleet: the same estimates, with the worst case of one device alone."""
         assert isinstance(self.latency, Fleet)
@@ -215,6 +225,30 @@ def excess(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:
         if limit.metric in estimates.mean:
             total += np.maximum(limit.excess(at_confidence(estimates, limit)), 0.0) / max(limit.bound, 1e-12)
     return total
+
+
+def accuracy_excess(limits: Sequence[Limit], accuracy: float) -> float:
+    """By how much a trained network's `accuracy` breaks those of `limits` that are on it, the worst; 0 or less where it keeps them."""
+    return max((float(limit.excess(np.array(accuracy))) for limit in limits if limit.metric == "accuracy"), default=0.0)
+
+
+def chance_within(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:
+    """Probability (n,) that networks keep `limits`, each by its mean and standard deviation; those on unknown metrics do not count."""
+    chance = np.ones(len(estimates.mean["macs"]))
+    for limit in limits:
+        if limit.metric not in estimates.mean:
+            continue
+        mean, std = estimates.mean[limit.metric], estimates.std[limit.metric]
+        sign = 1.0 if limit.side == "max" else -1.0
+        chance *= probability_at_most(sign * limit.bound, sign * mean, std)
+    return chance
+
+
+def probability_at_most(bound: float, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """That normal values of `mean` (n,) and `std` (n,) do not exceed `bound`, (n,); of a certain one 0 or 1."""
+    certain = std <= 0
+    z = (bound - mean) / np.where(certain, 1.0, std)
+    return np.where(certain, (mean <= bound).astype(float), ndtr(z))
 
 
 def reference_values(estimator: Estimator, *, chance_accuracy: float) -> dict[Metric, float]:

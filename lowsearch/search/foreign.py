@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler, GPSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from lowsearch.errors import StudyError
+from lowsearch.errors import NothingLeftError
 from lowsearch.space import SearchSpace
 
 MAX_DRAWS = 1000
@@ -72,11 +72,11 @@ class SeededSampler(BaseSampler):
         return self._make(seed).sample_independent(study, trial, param_name, param_distribution)
 
 
-def _nothing_accepted(n: int) -> StudyError:
-    return StudyError(
+def _nothing_accepted(n: int) -> NothingLeftError:
+    return NothingLeftError(
         f"{n} random networks in a row break a limit or were tried before",
-        hint="loosen --max or --min, or use --sampler lowsearch, which searches for networks within limits",
-    )
+        hint="loosen --max or --min, or use --sampler lowsearch, which searches for networks within limits", n_scored=n,
+    )  # fmt: skip
 
 
 class GaussianProcessSampler(GPSampler):

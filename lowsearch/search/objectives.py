@@ -68,6 +68,8 @@ OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _
 METRICS: tuple[Metric, ...] = tuple(objective.metric for objective in _ALL)
 LATENCY_METRICS: tuple[Metric, ...] = ("latency_ms", "throughput_ips", "time_per_image_ms")
 """One axis: at a study's batch each of them follows from any other."""
+EXACT_METRICS: tuple[Metric, ...] = ("peak_memory_mb", "artifact_mb", "macs", "params")
+"""Known of every network in closed form."""
 ON_DEVICES: dict[str, str] = {"latency": "worstlatency"}
 """What an objective means in a study of several devices."""
 DIRECTION: dict[Metric, Direction] = {objective.metric: objective.direction for objective in _ALL}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.accuracy.scores import Unit
-from lowsearch.errors import StudyError, UsageError
+from lowsearch.errors import NothingLeftError, UsageError
 from lowsearch.footprint import Precision
 from lowsearch.search import pareto
 from lowsearch.search.devices import Fleet
@@ -36,9 +36,12 @@ from lowsearch.search.estimates import (
     Estimates,
     Estimator,
     LatencyModel,
+    accuracy_excess,
+    chance_within,
     check_models,
     excess,
     of_limit,
+    probability_at_most,
     reference_values,
 )
 from lowsearch.search.evolution import breed, first_of_each, one_blas_thread, unseen_mask
@@ -49,6 +52,9 @@ from lowsearch.space import SearchSpace
 logger = logging.getLogger(__name__)
 
 ACCURACY_KEY = "accuracy"
+LIMITS, ACCURACY_LIMIT = "limits", "accuracy_limit"
+"""Constraints that studies set on their trials, for Optuna's samplers: by how much one breaks the limits that are known before training,
+and the one on accuracy. This sampler has models of both."""
 MIN_TRIALS_FOR_SURROGATE = 8
 """Below this many finished trials, a sampler without an accuracy model spreads its proposals instead of guessing."""
 WHY = "why"
@@ -88,6 +94,9 @@ class Evolution:
     benchmarks/first_networks.py found it: the predictor gains, and a search that ends early has not spent its budget on learning."""
 
 
+Posterior = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Of an accuracy model: genomes (n, n_genes) -> what is known of those that it learned from, mean and standard deviation (n,); else NaN."""
+
 TrainCost = Callable[[np.ndarray], np.ndarray]
 """Genomes (n, n_genes) -> what training each of them costs, (n,), positive, in any unit. It has to give the same for the same genomes, or
 a resumed study proposes others."""
@@ -101,15 +110,6 @@ class Proposal(NamedTuple):
     why: str
     is_start: bool = False
     """Whether it belongs to the start of the search."""
-
-
-class NothingLeftError(StudyError):
-    """No untried network that keeps the limits was found. That none exists is proven only for a list of candidates."""
-
-    def __init__(self, message: str, *, hint: str | None = None, n_scored: int) -> None:
-        """`n_scored`: networks that were looked at."""
-        super().__init__(message, hint=hint)
-        self.n_scored = n_scored
 
 
 class LowSearchSampler(BaseSampler):
@@ -133,8 +133,10 @@ class LowSearchSampler(BaseSampler):
         candidates: np.ndarray | None = None,
         train_cost: TrainCost | None = None,
     ) -> None:
-        """`latency`: a model, or a Fleet of them for several devices, of which every other proposal is then for one alone, in turn.
-        `accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials.
+        """`latency`: a model, or a Fleet of them for several devices. By the objective `worstlatency` every other proposal is then for one
+        of them alone, in turn; `latency` is that of the first.
+        `accuracy`: a model, or a function that returns the newest one; without it, one is learned from the study's own trials where
+        accuracy is an objective.
         `candidates`: genomes (n, n_genes), the only networks that may be proposed, such as a list that was trained before.
         `start`: how many random networks, spread over latency, are proposed early on for the model to learn from.
         `train_cost`: what an expected gain is divided by where the budget is time rather than a number of trainings, such as
@@ -152,6 +154,8 @@ class LowSearchSampler(BaseSampler):
         self._train_cost = train_cost
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
         check_models(self.objectives, limits, latency=latency, energy=energy)
+        if accuracy is None and self._limits_accuracy and ACCURACY_KEY not in self.objectives.metrics:
+            raise UsageError("accuracy has a limit, but nothing tells it", hint="pass accuracy=, or make accuracy an objective")
         self._axis = self.objectives.spread_over
         values = {**reference_values(self._estimator, chance_accuracy=1 / space.num_classes), **(reference or {})}
         for limit in self.limits:  # Beyond a limit nothing is gained, so the acquisition counts from there.
@@ -160,6 +164,10 @@ class LowSearchSampler(BaseSampler):
         self._reference = self.objectives.costs({metric: np.array([values[metric]]) for metric in self.objectives.metrics})[0]
         self._axis_end = float(self._axis.cost(np.array(values[self._axis.metric])))
         self._distributions: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.choices) - 1) for g in space.genes}
+
+    @property
+    def _limits_accuracy(self) -> bool:
+        return any(limit.metric == ACCURACY_KEY for limit in self.limits)
 
     @property
     def directions(self) -> list[Direction]:
@@ -230,11 +238,11 @@ class LowSearchSampler(BaseSampler):
         accuracy = self._newest_accuracy(held, seen)
         if accuracy is None and ACCURACY_KEY in self.objectives.metrics:
             if (genome := self.spread(self._random(rng), seen, index=len(own))) is not None:
-                return Proposal(genome, "nothing is known yet: a random network of its latency")
-            return self._evolve(seen, np.empty((0, len(self.objectives))), np.empty(0), None, rng, self._estimator)
+                return Proposal(genome, "nothing to go by: a random network of its latency")
+            return self._evolve(seen, np.empty((0, len(self.objectives))), np.empty(0), _Judge(self, None, self._estimator), rng)
         with one_blas_thread():
-            estimator = self._estimator_for(number)
-            return self._evolve(seen, *self._known_costs(held, seen, accuracy, estimator), accuracy, rng, estimator)
+            judge = _Judge(self, accuracy, self._estimator_for(number), self._constraint_models(held, seen))
+            return self._evolve(seen, *self._known_costs(held, seen, accuracy, judge.estimator), judge, rng)
 
     def _known_costs(
         self, held: Sequence[FrozenTrial], seen: np.ndarray, accuracy: AccuracyModel | None, estimator: Estimator
@@ -243,13 +251,13 @@ class LowSearchSampler(BaseSampler):
 
         An accuracy is what is estimated of it now: a trial's own value is from when less was known, and the best of many are the lucky
         ones. A training in flight is taken to end as predicted, so that parallel workers spread out. What broke a constraint that its
-        objective set is left out: nothing it dominates is worse for it.
+        objective set, or a limit on accuracy, is left out: nothing it dominates is worse for it.
         """
-        feasible = np.array([_is_feasible(t) for t in held], dtype=bool)
+        posterior = getattr(accuracy, "posterior", None)
+        feasible = self._feasible(held, seen, posterior)
         done = feasible & np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
         costs = self.objectives.costs(np.array([t.values for t, d in zip(held, done, strict=True) if d], dtype=float))
         std = np.zeros(len(costs))
-        posterior = getattr(accuracy, "posterior", None)
         if posterior is not None and done.any() and self.objectives.metrics[0] == ACCURACY_KEY:
             mean, std = posterior(seen[done])
             costs[:, 0] = np.where(np.isnan(mean), costs[:, 0], self.objectives.members[0].cost(mean))
@@ -260,8 +268,36 @@ class LowSearchSampler(BaseSampler):
         pending = feasible & np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
         if pending.any():
             estimates = estimator.estimate(seen[pending], accuracy)
-            costs, std = np.vstack([costs, self._costs(estimates)]), np.append(std, self._std(estimates))
+            counts = np.ones(pending.sum(), dtype=bool) if ACCURACY_KEY in self.objectives.metrics else self._likely(estimates)
+            costs, std = np.vstack([costs, self._costs(estimates)[counts]]), np.append(std, self._std(estimates)[counts])
         return costs, std
+
+    def _feasible(self, held: Sequence[FrozenTrial], seen: np.ndarray, posterior: Posterior | None) -> np.ndarray:
+        """Whether each trial (n,) breaks no constraint that was set on it (Optuna's are broken above 0), nor a limit on its accuracy by
+        what is estimated of that now.
+
+        Where accuracy is an objective, the reference point is at its limit: beyond it nothing is gained anyway.
+        """
+        judged_anew = ACCURACY_KEY in self.objectives.metrics or posterior is not None
+        feasible = np.array(
+            [all(v <= 0 for name, v in t.constraints.items() if not (judged_anew and name == ACCURACY_LIMIT)) for t in held], dtype=bool
+        )
+        if posterior is not None and ACCURACY_KEY not in self.objectives.metrics and self._limits_accuracy and len(held):
+            mean = posterior(seen)[0]
+            for limit in self.limits:
+                if limit.metric == ACCURACY_KEY:
+                    feasible &= ~(limit.excess(mean) > 0)  # A NaN, of what is not trained yet, breaks nothing.
+        return feasible
+
+    def _constraint_models(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> dict[str, TrialSurrogate]:
+        """A model of every constraint that objectives set, where it was broken by some and kept by others of enough trials."""
+        models = {}
+        for name in sorted({name for t in held for name in t.constraints} - {LIMITS, ACCURACY_LIMIT}):
+            known = np.array([t.state == TrialState.COMPLETE and name in t.constraints for t in held], dtype=bool)
+            values = np.array([t.constraints[name] for t, k in zip(held, known, strict=True) if k])
+            if len(values) >= MIN_TRIALS_FOR_SURROGATE and (values > 0).any():
+                models[name] = TrialSurrogate(self._estimator, seen[known], values)
+        return models
 
     def _estimator_for(self, number: int) -> Estimator:
         """Whom trial `number` is proposed for: every other one of several devices for all of them, the rest for one alone, in turn.
@@ -274,13 +310,12 @@ class LowSearchSampler(BaseSampler):
         return self._estimator.on_device(latency.labels[number // 2 % len(latency.labels)])
 
     def _newest_accuracy(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> AccuracyModel | None:
-        if ACCURACY_KEY not in self.objectives.metrics and not any(limit.metric == ACCURACY_KEY for limit in self.limits):
+        if ACCURACY_KEY not in self.objectives.metrics and not self._limits_accuracy:
             return None
         if self._accuracy is not None:
             return self._accuracy if hasattr(self._accuracy, "predict") else self._accuracy()  # type: ignore[operator, return-value]
-        feasible = np.array([_is_feasible(t) for t in held], dtype=bool)
-        done = feasible & np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
-        if ACCURACY_KEY not in self.objectives.metrics or done.sum() < MIN_TRIALS_FOR_SURROGATE:
+        done = np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
+        if done.sum() < MIN_TRIALS_FOR_SURROGATE:
             return None
         column = self.objectives.metrics.index(ACCURACY_KEY)
         accuracies = np.array([t.values[column] for t, d in zip(held, done, strict=True) if d])
@@ -293,6 +328,10 @@ class LowSearchSampler(BaseSampler):
         """Standard deviation (n,) of the first cost."""
         exact = np.zeros(len(estimates.mean["macs"]))
         return estimates.std[ACCURACY_KEY] if self.objectives.metrics[0] == ACCURACY_KEY else exact
+
+    def _likely(self, estimates: Estimates) -> np.ndarray:
+        """Whether networks are more likely than not within the limits on accuracy, (n,)."""
+        return chance_within(estimates, [limit for limit in self.limits if limit.metric == ACCURACY_KEY]) >= 0.5
 
     def _slices(self, estimates: Estimates) -> np.ndarray:
         """Slice (n,) of latency, or of what else networks are spread over, that each falls into; 0 holds the fastest decade."""
@@ -326,9 +365,8 @@ class LowSearchSampler(BaseSampler):
         seen: np.ndarray,
         costs: np.ndarray,
         std: np.ndarray,
-        accuracy: AccuracyModel | None,
+        judge: _Judge,
         rng: np.random.Generator,
-        estimator: Estimator,
     ) -> Proposal:
         """Evolve a population and propose its best member: feasible, unseen, with the largest expected hypervolume gain; now and then
         the best, or the least certain, of one slice.
@@ -337,6 +375,7 @@ class LowSearchSampler(BaseSampler):
         """
         settings = self.evolution
         gains = pareto.ExpectedGain(costs, self._reference)
+        accuracy = judge.accuracy
         family = [self.space.encode(arch)[None] for arch in self.space.family.values()]
         known = np.vstack([*family, seen, np.empty((0, self.space.n_genes), dtype=np.int8)])
         population = [self._random(rng)]
@@ -344,13 +383,13 @@ class LowSearchSampler(BaseSampler):
             population.append(
                 self.space.mutate(known[rng.integers(len(known), size=settings.initial)], rng=rng, rate=2 / self.space.n_genes)
             )
-        pool = _Pool.of(np.vstack(population), self, gains, accuracy, estimator)
+        pool = judge.pool(np.vstack(population), gains)
         n_scored = len(pool.genomes)
         for _ in range(settings.generations if self._candidates is None else 0):
             parents = pool.take(pool.survivors(settings.parents, settings.niches, rng))
             first, second = rng.integers(len(parents.genomes), size=(2, settings.children))
             children = breed(self.space, parents.genomes, first, second, rng=rng)
-            scored = _Pool.of(children, self, gains, accuracy, estimator)
+            scored = judge.pool(children, gains)
             n_scored += len(scored.genomes)
             pool = parents.joined(scored)
         pool = pool.take(unseen_mask(pool.genomes, seen))
@@ -358,6 +397,8 @@ class LowSearchSampler(BaseSampler):
         if not feasible.any():
             raise self._nothing_feasible(n_scored, accuracy, rng)
         pool = pool.take(feasible)
+        if judge.is_blind:
+            return Proposal(pool.genomes[rng.integers(len(pool.genomes))], "nothing to go by: a network within the limits")
         draw, where = rng.random(), ""
         learns = settings.explore <= draw < settings.explore + settings.learn and pool.std.any()
         if draw < settings.explore or learns:
@@ -369,8 +410,7 @@ class LowSearchSampler(BaseSampler):
         if exact is not None or std.any():
             best = pool.take(np.argsort(-(pool.std if learns else pool.worth), kind="stable")[: settings.shortlist])
             noisy = _NoisyGain(costs, std, self._reference, n_draws=settings.front_draws, rng=rng)
-            judge = accuracy if accuracy is None or exact is None else _Exact(accuracy, exact)
-            pool = _Pool.of(best.genomes, self, noisy, judge, estimator)
+            pool = judge.exactly().pool(best.genomes, noisy)
         if learns:
             i = int(np.argmax(pool.std))
             return Proposal(pool.genomes[i], f"least certain{where}: accuracy known to {pool.std[i]:.2g}")
@@ -428,6 +468,52 @@ class _Exact:
 
 
 @dataclass(frozen=True, eq=False)
+class _Judge:
+    """Scores populations for one proposal."""
+
+    sampler: LowSearchSampler
+    accuracy: AccuracyModel | None
+    estimator: Estimator
+    """With several devices, that of whom is proposed for."""
+    constraints: Mapping[str, TrialSurrogate] = field(default_factory=dict)
+    """By name: what is known of constraints that only a trial can tell."""
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing is known of an objective, so that only limits can be told."""
+        return self.accuracy is None and ACCURACY_KEY in self.sampler.objectives.metrics
+
+    def exactly(self) -> _Judge:
+        """By the exact form of the accuracy model, where it has one."""
+        exact = getattr(self.accuracy, "predict_exact", None)
+        return self if self.accuracy is None or exact is None else replace(self, accuracy=_Exact(self.accuracy, exact))
+
+    def pool(self, genomes: np.ndarray, gains: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> _Pool:
+        """`genomes` (n, n_genes) without repeats, scored. A gain counts by the chance that the network may have it at all."""
+        sampler = self.sampler
+        genomes = genomes[first_of_each(genomes)]
+        estimates = self.estimator.estimate(genomes, self.accuracy)
+        broken = excess(sampler._estimator.as_its_own(estimates), sampler.limits)
+        slices = sampler._slices(estimates)
+        if self.is_blind:
+            zero = np.zeros(len(genomes))
+            return _Pool(genomes, zero, zero, broken, zero, slices, zero)
+        costs, std = sampler._costs(estimates), sampler._std(estimates)
+        gain = gains(costs, std) * self._chance(genomes, estimates)
+        worth = gain if sampler._train_cost is None else gain / sampler._train_cost(genomes)
+        return _Pool(genomes, gain, worth, broken, costs[:, 0] - 2 * std, slices, std)
+
+    def _chance(self, genomes: np.ndarray, estimates: Estimates) -> np.ndarray:
+        """Probability (n,) that a network keeps what only its training tells. An accuracy that is an objective needs none: below its limit
+        it gains nothing."""
+        limits = [x for x in self.sampler.limits if x.metric == ACCURACY_KEY and ACCURACY_KEY not in self.sampler.objectives.metrics]
+        chance = chance_within(estimates, limits)
+        for model in self.constraints.values():
+            chance = chance * probability_at_most(0.0, *model.predict(genomes))
+        return chance
+
+
+@dataclass(frozen=True, eq=False)
 class _Pool:
     """A scored population without repeats."""
 
@@ -442,27 +528,6 @@ class _Pool:
     slices: np.ndarray
     std: np.ndarray
     """Of the accuracy; 0 where it is not an objective."""
-
-    @classmethod
-    def of(
-        cls,
-        genomes: np.ndarray,
-        sampler: LowSearchSampler,
-        gains: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        accuracy: AccuracyModel | None,
-        estimator: Estimator,
-    ) -> _Pool:
-        genomes = genomes[first_of_each(genomes)]
-        estimates = estimator.estimate(genomes, accuracy)
-        broken = excess(estimates, sampler.limits)
-        if accuracy is None and ACCURACY_KEY in sampler.objectives.metrics:  # Only how far a limit is broken can be told.
-            zero = np.zeros(len(genomes))
-            return cls(genomes, zero, zero, broken, zero, sampler._slices(estimates), zero)
-        costs = sampler._costs(estimates)
-        std = sampler._std(estimates)
-        gain = gains(costs, std)
-        worth = gain if sampler._train_cost is None else gain / sampler._train_cost(genomes)
-        return cls(genomes, gain, worth, broken, costs[:, 0] - 2 * std, sampler._slices(estimates), std)
 
     def take(self, which: np.ndarray) -> _Pool:
         return _Pool(*(getattr(self, f.name)[which] for f in fields(self)))
@@ -492,9 +557,10 @@ def gene_indices(genome: Sequence[int] | np.ndarray, space: SearchSpace) -> dict
     return {gene.name: int(index) for gene, index in zip(space.genes, genome, strict=True)}
 
 
-def _is_feasible(trial: FrozenTrial) -> bool:
-    """Whether no constraint that was set on `trial` is broken; Optuna's are broken above 0."""
-    return all(value <= 0 for value in trial.constraints.values())
+def accuracy_constraint(limits: Sequence[Limit], accuracy: float) -> dict[str, float]:
+    """The constraint, by its name, that a trial of this `accuracy` is given; none where `limits` hold none on it."""
+    limited = any(limit.metric == ACCURACY_KEY for limit in limits)
+    return {ACCURACY_LIMIT: accuracy_excess(limits, accuracy)} if limited else {}
 
 
 def _but(trial: FrozenTrial, study: Study) -> list[FrozenTrial]:

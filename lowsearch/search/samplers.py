@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class Task:
     """Genomes (n, n_genes) -> whether each keeps the limits and is new to the study, (n,)."""
     start: int = 0
     """How many networks of a diverse start are trained to the end whatever they promise."""
+    prediction: Estimator | None = None
+    """As `estimator`, unmoved by what is measured while the study runs; None where nothing is."""
 
 
 def _ours(task: Task) -> BaseSampler:
@@ -51,6 +53,15 @@ def _ours(task: Task) -> BaseSampler:
         energy=task.estimator.energy, accuracy=task.accuracy, objectives=task.objectives, limits=task.limits,
         reference=task.reference, seed=task.seed, start=task.start,
     )  # fmt: skip
+
+
+def without_predictor(task: Task) -> BaseSampler:
+    """Ours with nothing known of accuracy: random networks that keep the limits, spread over latency."""
+    return _ours(replace(task, accuracy=_nothing_known, start=0))
+
+
+def _nothing_known() -> None:
+    return None
 
 
 def _nsga3(seed: int) -> BaseSampler:
@@ -68,7 +79,9 @@ SAMPLERS: dict[str, Callable[[Task], BaseSampler]] = {
         lambda seed: GaussianProcessSampler(task.space, task.acceptable, seed=seed), task.space, seed=task.seed, accept=task.acceptable
     ),
     "random": lambda task: SeededSampler(lambda seed: RandomSampler(seed=seed), task.space, seed=task.seed, accept=task.acceptable),
-    "exhaustive": lambda task: ExhaustiveSampler(all_to_try(task.estimator, task.limits), task.space, task.acceptable, seed=task.seed),
+    "exhaustive": lambda task: ExhaustiveSampler(
+        all_to_try(task.prediction or task.estimator, task.limits), task.space, task.acceptable, seed=task.seed
+    ),
 }
 
 

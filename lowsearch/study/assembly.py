@@ -38,7 +38,9 @@ from lowsearch.latency.table import LatencyTable, check_fits
 from lowsearch.latency.target import Target, resolve_device
 from lowsearch.latency.timing import NetworkLatency
 from lowsearch.search.devices import Fleet
-from lowsearch.search.objectives import METRICS, ON_DEVICES, Limit, parse_limits
+from lowsearch.search.estimates import Estimator
+from lowsearch.search.feasible import check_limits
+from lowsearch.search.objectives import EXACT_METRICS, METRICS, ON_DEVICES, Limit, parse_limits
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.space import SearchSpace
 from lowsearch.study.knowledge import (
@@ -174,6 +176,9 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         if schedule is not None:
             check_recipe(schedule, num_classes=len(data.classes))
             require_images(rungs_of(settings.rungs), data, schedule)
+    if stored_settings(folder) is None:  # Before anything is measured: what needs no measurement is told at once.
+        exact = [limit for limit in settings.limits if limit.metric in EXACT_METRICS]
+        check_limits(Estimator(space, None, batch=settings.batch, precision=targets_of(settings)[0].precision), exact)
     if settings.supernet and not (folder / INHERITED_FILE).exists():
         _score_networks(settings, progress).write(folder / INHERITED_FILE)
     space = _with_classes(space, folder, settings)

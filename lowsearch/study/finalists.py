@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.objectives import Metric
+from lowsearch.search.objectives import LATENCY_METRICS, Limit, Metric
 from lowsearch.study.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
 from lowsearch.study.parts import FinalScore, Parts, Progress
 from lowsearch.study.settings import StudySettings
@@ -42,7 +43,7 @@ COLUMNS = (
     "arch_id", "name", "origin", "val_accuracy", "test_accuracy", "accuracy_std", "accuracy_std_origin", "accuracy_source",
     "accuracy_unit", "score", "score_std", "latency_ms", "latency_std_ms", "latency_source", "predicted_latency_ms", "limit_ms",
     "over_limit", "throughput_ips", "time_per_image_ms", "peak_memory_mb", "artifact_mb", "energy_mj", "energy_source", "macs", "params",
-    "resolution_px", "on_front", "weights", "estimated_accuracy", "n_seeds",
+    "resolution_px", "on_front", "weights", "estimated_accuracy", "n_seeds", "breaks",
 )  # fmt: skip
 
 
@@ -277,8 +278,11 @@ def write_finals(
             row |= {"weights": f"models/{f.arch_id}/model.safetensors", "estimated_accuracy": f.estimated_accuracy}
         elif not math.isnan(f.estimated_accuracy):
             row |= accuracy_columns(settings, f.estimated_accuracy, f.accuracy_std)
-        rows.append(row)
-    for row, on_front in zip(rows, _on_front(settings, rows), strict=True):
+        rows.append(row | {"breaks": ", ".join(map(str, _broken_by(settings, row)))})
+    for row in rows:
+        row["on_front"] = False
+    keeping = [row for row in rows if not row["breaks"]]
+    for row, on_front in zip(keeping, _on_front(settings, keeping), strict=True):
         row["on_front"] = bool(on_front)
     describe([f.arch for f in plan.finalists])
     for f, row in zip(plan.finalists, rows, strict=True):
@@ -320,6 +324,26 @@ def _seed_spread(plan: FinalPlan, scores: Mapping[str, Sequence[FinalScore]]) ->
         return math.nan, "; spread between seeds not known"
     differences = np.array([a - b for a, b in pairs])
     return float(np.sqrt(np.mean(differences**2) / 2)), f", and spread between seeds from {len(pairs)} family members trained twice"
+
+
+def _broken_by(settings: StudySettings, row: Mapping[str, Any]) -> list[Limit]:
+    """The limits that a finalist breaks by its final trainings and, where it was measured, by that; the hand-made family's members may.
+
+    On a device where nothing was measured, a network keeps its limit by the prediction at the limit's confidence, or is no finalist.
+    """
+    limits = [limit for limit in settings.limits if limit.metric not in LATENCY_METRICS or limit in settings.measured_limits]
+    return [limit for limit in limits if limit.excess(np.array(_value(row, limit.metric))) > 0]  # A NaN, of what is not known, breaks none.
+
+
+def what_broke(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line on the limits that finalists broke, by the rows of finalists.csv; empty where all kept them."""
+    broken = Counter(limit for row in rows for limit in row["breaks"].split(", ") if limit)
+    listed = ", ".join(f"{limit} ({n} of {len(rows)})" for limit, n in broken.items())
+    return f"finalists that broke a limit in their final training and measurement are not on the front: {listed}" if listed else ""
+
+
+def _value(row: Mapping[str, Any], metric: Metric) -> float:
+    return float(row.get("val_accuracy" if metric == "accuracy" else metric, math.nan))
 
 
 def _on_front(settings: StudySettings, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -20,7 +20,7 @@ from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.estimates import AccuracyModel, Estimates, Estimator, excess
+from lowsearch.search.estimates import AccuracyModel, Estimates, Estimator, accuracy_excess, excess
 from lowsearch.search.objectives import Metric
 from lowsearch.space import SearchSpace
 from lowsearch.study.parts import Parts
@@ -140,8 +140,13 @@ class StudyFiles:
         if not scored:
             return []
         costs = candidate_costs(self._settings, [c for c, _ in scored], [r for _, r in scored])
+        keeps = np.array([accuracy_excess(self._settings.limits, c.accuracy) <= 0 for c, _ in scored], dtype=bool)
         return [
-            {"elapsed_s": c.elapsed_s, "trial": c.number, "hypervolume": pareto.hypervolume(costs[: i + 1], self._reference)}
+            {
+                "elapsed_s": c.elapsed_s,
+                "trial": c.number,
+                "hypervolume": pareto.hypervolume(costs[: i + 1][keeps[: i + 1]], self._reference),
+            }
             for i, (c, _) in enumerate(scored)
         ]
 
@@ -170,11 +175,7 @@ def keeps_limits(settings: StudySettings, estimator: Estimator, found: Sequence[
     estimates = estimator.estimate(np.stack([c.genome for c in found])) if found else None
     if estimates is None:
         return np.zeros(0, dtype=bool)
-    mask = excess(estimates, settings.limits) == 0
-    for limit in settings.limits:
-        if limit.metric == "accuracy":
-            mask &= limit.excess(np.array([c.accuracy for c in found])) <= 0
-    return mask
+    return (excess(estimates, settings.limits) == 0) & [accuracy_excess(settings.limits, c.accuracy) <= 0 for c in found]
 
 
 @cache

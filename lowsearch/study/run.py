@@ -448,6 +448,7 @@ class _Run:
             "search_ended": why_ended(self._study),
             "finalists": len(rows),
             "front": sum(row["on_front"] for row in rows),
+            "broken_in_finals": finalists.what_broke(rows),
             "limit": dataclasses.asdict(write_shortlist(self._folder, self._plan.settings, self._parts, measured)),
             "verified": dataclasses.asdict(self._verified()),
             "pace": None if math.isnan(measured.pace) else measured.pace,

@@ -21,7 +21,7 @@ from lowsearch.accuracy.records import AccuracyRecords
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search.estimates import excess
-from lowsearch.search.sampler import DIVERSE_START, WHOLE_SCHEDULE
+from lowsearch.search.sampler import DIVERSE_START, LIMITS, WHOLE_SCHEDULE, accuracy_constraint
 from lowsearch.space import SearchSpace
 from lowsearch.study.knowledge import SPACE_FILE, settings_of
 from lowsearch.study.parts import Parts
@@ -94,7 +94,7 @@ def add_known(folder: Path, study: optuna.Study, settings: StudySettings, parts:
         }  # fmt: skip
         add_scored(
             study, parts.space, genome, values=[mean[metric] for metric in settings.objectives.metrics], attrs=attrs,
-            constraints={"limits": 0.0} if settings.limits else {},
+            constraints={**({LIMITS: 0.0} if settings.limits else {}), **accuracy_constraint(settings.limits, float(accuracy))},
         )  # fmt: skip
     study.set_user_attr(KNOWN_FROM, True)
 

@@ -17,7 +17,7 @@ import numpy as np
 from optuna.trial import Trial, TrialState
 
 from lowsearch.arch import Arch
-from lowsearch.search.sampler import NothingLeftError
+from lowsearch.errors import NothingLeftError
 from lowsearch.study.outputs import decode
 from lowsearch.study.parts import Record
 from lowsearch.study.storage import candidates, set_missed
@@ -101,14 +101,14 @@ class Conductor(SearchWorker):
                 trial.set_user_attr(KNOWS, knows_below)
             try:
                 genome, reason = self._proposal(trial)
+                if reason:
+                    self._count_pruned(self._study, self._study.tell(trial, state=TrialState.PRUNED))
+                    return
             except NothingLeftError as error:
                 if not self._flights and not any(c.state == "complete" for c in found):
                     raise
                 set_missed(self._study, error.n_scored)
                 self._found_none = True
-                return
-            if reason:
-                self._count_pruned(self._study, self._study.tell(trial, state=TrialState.PRUNED))
                 return
             self._pruned_in_a_row = 0
             flight = _Flight(

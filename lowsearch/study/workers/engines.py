@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import re
 import socket
@@ -101,7 +102,7 @@ class RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Before the import: Ray would report home.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray = self._ray = importlib.import_module("ray")
-        own = {"num_cpus": max(1, round(at_once * cpus)), "include_dashboard": False} if name == "ray" else {}
+        own = {"num_cpus": max(1, math.ceil(at_once * cpus)), "include_dashboard": False} if name == "ray" else {}
         try:
             ray.init(
                 address={"ray": "local", "ray:auto": "auto"}.get(name, name), log_to_driver=False, configure_logging=False,

@@ -35,6 +35,12 @@ def join(folder: Path, *, workers: int, url: str | None = None, progress: Progre
             f"study {folder.name!r} keeps its trials in a file that only processes of one machine ({at}) may share",
             hint="start a study with --storage, and join that",
         )
+    if plan.settings.engine != "local":
+        raise StudyError(
+            f"study {folder.name!r} has its networks trained as tasks of Ray, proposed by one process: if workers joined, what is found "
+            "would depend on who is first",
+            hint="add nodes to the cluster, and raise --workers",
+        )
     if not is_run(folder):
         raise StudyError(f"study {folder.name!r} is not being run", hint=f"start it first: lowsearch run --study {folder.name}")
     study = open_study(folder, plan.settings.objectives, url=url, join=True)

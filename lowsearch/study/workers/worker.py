@@ -19,13 +19,13 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lowsearch.arch import Arch
-from lowsearch.errors import StudyError
+from lowsearch.errors import NothingLeftError, StudyError
 from lowsearch.search.estimates import AccuracyModel, excess, scores_of
 from lowsearch.search.feasible import networks_within
 from lowsearch.search.objectives import Metric
 from lowsearch.search.promotion import standing
-from lowsearch.search.sampler import WHOLE_SCHEDULE, NothingLeftError, suggest_genome
-from lowsearch.search.samplers import SAMPLERS, Task
+from lowsearch.search.sampler import LIMITS, WHOLE_SCHEDULE, accuracy_constraint, suggest_genome
+from lowsearch.search.samplers import SAMPLERS, Task, without_predictor
 from lowsearch.search.verification import broken_limit, is_near_limit, verify
 from lowsearch.study.gate import SIGNALS, Gate
 from lowsearch.study.parts import Parts, Record, Scorer, stand_in_of
@@ -108,8 +108,8 @@ class SearchWorker:
         self._stand_in = stand_in_of(plan.settings, parts.space, folder)
         self._training = parts.training() if plan.settings.trains and parts.training else None
         self._study = open_study(folder, self._objectives, url=url, patience_s=PATIENCE_S)
-        self._proposer = plan.settings.sampler
-        self._study.sampler = self._sampler(self._proposer)
+        self._is_steered = True
+        self._study.sampler = self._sampler(is_steered=True)
         signals = SIGNALS if plan.settings.sampler == "lowsearch" else ("promotion",)
         trained = self._training is not None and self._objectives.metrics[0] == "accuracy"
         self._gate = Gate(folder, parts.space, parts.fit, signals=signals) if trained else None
@@ -124,11 +124,13 @@ class SearchWorker:
                     return
                 self._judge_signals()
                 self._study.optimize(self._objective, n_trials=1, callbacks=[self._tidy, self._count_pruned])
-            except Abandoned as abandoned:
-                missed = abandoned.__cause__  # Of the sampler, which Optuna asks when the trial needs its first gene.
+            except (Abandoned, NothingLeftError) as error:
+                # Abandoned by an error of the sampler, which Optuna asks when the trial needs its first gene.
+                missed = error if isinstance(error, NothingLeftError) else error.__cause__
                 if not isinstance(missed, NothingLeftError) or not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
                     raise
-                set_missed(self._study, missed.n_scored)
+                with self._lock:  # A trial that was pruned has let go of it.
+                    set_missed(self._study, missed.n_scored)
                 return
             except Overtaken:
                 logger.warning("a trial was handed to another worker; what was trained of it is on record")
@@ -145,9 +147,9 @@ class SearchWorker:
             return
         number = len(self._study.get_trials(deepcopy=False))
         self._gate.judge(self._records(), n_trials=number)
-        proposer = "random" if self._is_random(number) else self._plan.settings.sampler
-        if proposer != self._proposer:
-            self._study.sampler, self._proposer = self._sampler(proposer), proposer
+        is_steered = self._gate.follows("steering", trial=number)
+        if is_steered != self._is_steered:
+            self._study.sampler, self._is_steered = self._sampler(is_steered=is_steered), is_steered
 
     def _is_random(self, number: int) -> bool:
         """Whether trial `number` is proposed at random."""
@@ -179,10 +181,10 @@ class SearchWorker:
     def _count_pruned(self, _: optuna.Study, trial: FrozenTrial) -> None:
         self._pruned_in_a_row = self._pruned_in_a_row + 1 if trial.state == TrialState.PRUNED else 0
         if self._pruned_in_a_row >= MAX_PRUNED_IN_A_ROW:
-            raise StudyError(
+            raise NothingLeftError(
                 f"{self._pruned_in_a_row} proposals of sampler {self._plan.settings.sampler!r} in a row break a limit or were tried before",
-                hint="loosen --max or --min, or start another study with --sampler lowsearch",
-            )
+                hint="loosen --max or --min, or start another study with --sampler lowsearch", n_scored=self._pruned_in_a_row,
+            )  # fmt: skip
 
     def _objective(self, trial: Trial) -> tuple[float, ...]:
         try:
@@ -221,6 +223,10 @@ class SearchWorker:
         if score.stopped:
             logger.info("trial %d: %s", trial.number, score.stopped)
         trial.set_user_attr("score", dataclasses.asdict(score))
+        known = {} if score.accuracy is None else accuracy_constraint(self._plan.settings.limits, score.accuracy)
+        for name, broken in known.items():
+            if name not in trial.constraints:  # Set by a worker that died before it could end the trial.
+                trial.set_constraint(name, broken)
         self._sign_off(trial)
         mean = {metric: float(values[0]) for metric, values in self._estimator.estimate(genome[None]).mean.items()}
         mean["accuracy"] = float("nan") if score.accuracy is None else score.accuracy
@@ -236,8 +242,8 @@ class SearchWorker:
         broken = self._excess(genome)
         if not broken and not tried and self._verified(genome):
             broken = self._excess(genome)
-        if limits and "limits" not in trial.constraints:
-            trial.set_constraint("limits", broken)
+        if limits and LIMITS not in trial.constraints:
+            trial.set_constraint(LIMITS, broken)
         measured, held = self._parts.verifications.of(genome), self._plan.settings.measured_limits
         if measured is not None and (limit := broken_limit(held, measured.latency_ms, batch=self._parts.batch)) is not None:
             return f"measured {'over' if limit.caps_latency else 'under'} limit: {measured.latency_ms:.4g} ms, {limit}"
@@ -274,15 +280,14 @@ class SearchWorker:
         allowed = excess(self._estimator.estimate(genomes), self._plan.settings.limits) == 0
         return allowed & np.array([genome.tobytes() not in tried for genome in genomes], dtype=bool)
 
-    def _sampler(self, name: str) -> BaseSampler:
+    def _sampler(self, *, is_steered: bool) -> BaseSampler:
         settings = self._plan.settings
-        return SAMPLERS[name](
-            Task(
-                space=self._parts.space, estimator=self._estimator, accuracy=self._newest_model, objectives=self._objectives,
-                limits=settings.limits, reference=self._plan.reference, seed=settings.seed, acceptable=self._acceptable,
-                start=START if self._training is not None else 0,
-            )
+        task = Task(
+            space=self._parts.space, estimator=self._estimator, accuracy=self._newest_model, objectives=self._objectives,
+            limits=settings.limits, reference=self._plan.reference, seed=settings.seed, acceptable=self._acceptable,
+            start=START if self._training is not None else 0, prediction=self._parts.prediction,
         )  # fmt: skip
+        return SAMPLERS[settings.sampler](task) if is_steered else without_predictor(task)
 
     def _newest_model(self) -> AccuracyModel | None:
         if self._stand_in is not None:
