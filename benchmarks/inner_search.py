@@ -199,10 +199,12 @@ def proposals(task: Task) -> dict[str, float]:
         for genome, values in zip(found.genomes[places], found.values[places], strict=True)
     ]
     sampler.propose(trials, number=0)
-    started = clock()
-    for number in range(1, 11):
+    spent = []
+    for number in range(1, 21):
+        started = clock()
         sampler.propose(trials, number=number)
-    seconds = (clock() - started) / 10
+        spent.append(clock() - started)
+    seconds = float(np.median(spent))
     settings = sampler.evolution
     n = 2 * settings.initial + settings.children * settings.generations
     return {"front": len(np.unique(places)), "seconds": seconds, "per_s": n / seconds}

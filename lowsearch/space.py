@@ -419,9 +419,11 @@ class SearchSpace:
             counts_of_entries.append(np.tile(np.array(depths) - 1.0, len(entries)))
             offsets.append(offset)
             offset += stride
+        assert offset < 2**24, f"{offset} entries cannot be told apart in float32"
         return _Compiled(
-            tuple(ids), np.concatenate(blocks_of_entries), np.concatenate(counts_of_entries), weights, np.array(offsets, dtype=float)
-        )
+            tuple(ids), np.concatenate(blocks_of_entries), np.concatenate(counts_of_entries), weights.astype(np.float32),
+            np.array(offsets, dtype=np.float32),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,8 +431,8 @@ class _Compiled:
     blocks: tuple[Block, ...]
     block_of_entry: np.ndarray  # (n_entries,) index into blocks, -1 for none
     count_of_entry: np.ndarray  # (n_entries,) how often the block stands there
-    weights: np.ndarray  # (n_genes, n_slots): genomes @ weights + offsets = the entry of every slot
-    offsets: np.ndarray  # (n_slots,)
+    weights: np.ndarray  # (n_genes, n_slots) float32: genomes @ weights + offsets = the entry of every slot
+    offsets: np.ndarray  # (n_slots,) float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -447,8 +449,9 @@ class _SlotScorer:
         combined = np.empty((len(genomes), self.values.shape[1]))
         for start in range(0, len(genomes), _CHUNK):
             rows = genomes[start : start + _CHUNK]
-            # Exact in float64, and a float product runs on BLAS where an integer one does not.
-            entries = np.ascontiguousarray((rows.astype(np.float64) @ self.weights + self.offsets).T.astype(np.intp))
+            # Exact, and a float product runs on BLAS where an integer one does not.
+            entries = self.weights.T @ rows.T.astype(np.float32)
+            entries = (entries + self.offsets[:, None]).astype(np.intp)
             total = self.values.take(entries[0], axis=0)
             for slot in entries[1:]:
                 self.combine(total, self.values.take(slot, axis=0), out=total)

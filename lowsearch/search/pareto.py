@@ -152,10 +152,18 @@ def _boxes(front: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.nda
 def _expected_drop(mean: np.ndarray, std: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """E max(0, level - cost) as (n, n_levels)."""
     below = levels[None, :] - mean[:, None]
-    s = std[:, None]
-    z = below / np.where(s > 0, s, 1.0)
-    smooth = below * ndtr(z) + s * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-    return np.where(s > 0, np.maximum(smooth, 0.0), np.maximum(below, 0.0))
+    certain = ~(std > 0)
+    z = below / np.where(certain, 1.0, std)[:, None]
+    drop = ndtr(z)
+    drop *= below
+    # In place, as nearly half of the time would go into new arrays: drop + std * phi(z).
+    z *= z
+    z *= -0.5
+    np.exp(z, out=z)
+    z *= (std / np.sqrt(2 * np.pi))[:, None]
+    drop += z
+    drop[certain] = below[certain]
+    return np.maximum(drop, 0.0, out=drop)
 
 
 def _points(costs: np.ndarray) -> np.ndarray:
