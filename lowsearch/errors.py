@@ -66,11 +66,6 @@ class StudyError(LowsearchError):
 class NothingLeftError(StudyError):
     """No untried network that keeps the limits was found. That none exists is proven only for a list of candidates."""
 
-    def __init__(self, message: str, *, hint: str | None = None, n_scored: int) -> None:
-        """`n_scored`: networks that were looked at."""
-        super().__init__(message, hint=hint)
-        self.n_scored = n_scored
-
 
 class UsageError(LowsearchError):
     """Command-line values that are malformed or contradict each other."""

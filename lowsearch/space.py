@@ -419,10 +419,10 @@ class SearchSpace:
             counts_of_entries.append(np.tile(np.array(depths) - 1.0, len(entries)))
             offsets.append(offset)
             offset += stride
-        assert offset < 2**24, f"{offset} entries cannot be told apart in float32"
+        exact = np.float32 if offset < 2**24 else np.float64  # The smaller one in which all entries can be told apart.
         return _Compiled(
-            tuple(ids), np.concatenate(blocks_of_entries), np.concatenate(counts_of_entries), weights.astype(np.float32),
-            np.array(offsets, dtype=np.float32),
+            tuple(ids), np.concatenate(blocks_of_entries), np.concatenate(counts_of_entries), weights.astype(exact),
+            np.array(offsets, dtype=exact),
         )  # fmt: skip
 
 
@@ -431,8 +431,8 @@ class _Compiled:
     blocks: tuple[Block, ...]
     block_of_entry: np.ndarray  # (n_entries,) index into blocks, -1 for none
     count_of_entry: np.ndarray  # (n_entries,) how often the block stands there
-    weights: np.ndarray  # (n_genes, n_slots) float32: genomes @ weights + offsets = the entry of every slot
-    offsets: np.ndarray  # (n_slots,) float32
+    weights: np.ndarray  # (n_genes, n_slots) of a float: genomes @ weights + offsets = the entry of every slot
+    offsets: np.ndarray  # (n_slots,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -450,7 +450,7 @@ class _SlotScorer:
         for start in range(0, len(genomes), _CHUNK):
             rows = genomes[start : start + _CHUNK]
             # Exact, and a float product runs on BLAS where an integer one does not.
-            entries = self.weights.T @ rows.T.astype(np.float32)
+            entries = self.weights.T @ rows.T.astype(self.weights.dtype)
             entries = (entries + self.offsets[:, None]).astype(np.intp)
             total = self.values.take(entries[0], axis=0)
             for slot in entries[1:]:

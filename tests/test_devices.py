@@ -239,6 +239,18 @@ def test_only_the_first_device_is_measured_and_the_front_is_by_its_measurements(
     assert {row["arch_id"] for row in result.front} == {row["arch_id"] for row in rows(folder / "front.csv")}
 
 
+@pytest.mark.parametrize("limit", ["latency_ms=0.5", "worst_latency=2"])
+def test_where_everything_is_measured_over_a_limit_nothing_is_trained_for_it_and_the_page_is_made(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(fakes, "measure", lambda archs, progress: [fakes.FakeMeasured(9.0, 0.001) for _ in archs])
+    settings = dataclasses.replace(SETTINGS, trials=2, limits=parse_limits(maxima=[limit]))
+    result = studies.run(settings, tmp_path / "study", backend=fakes.backend())
+    finalists = rows(tmp_path / "study" / "finalists.csv")
+    assert {row["origin"] for row in finalists} == {"family"} and all(row["breaks"] for row in finalists)
+    assert result.front == [] and "broke a limit when they were measured" in result.summary["none_kept"]
+    assert shared_fronts(read_study(tmp_path / "study")) == []
+    assert "One network for all devices" not in build_report(tmp_path / "study").read_text()
+
+
 def test_regret_csv_is_what_the_candidates_give_pair_by_pair(finished):
     folder, result = finished
     known = {row["arch_id"]: row for row in rows(folder / "candidates.csv") if row["state"] == "complete"}

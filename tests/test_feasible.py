@@ -114,7 +114,8 @@ def test_a_space_too_large_to_try_whole_is_refused_with_its_size_and_what_to_do(
 def test_another_sampler_ends_as_well_when_it_finds_nothing_new(tmp_path, monkeypatch, sampler):
     monkeypatch.setattr(feasible, "MAX_LISTED", 0)  # Nobody can tell that all were tried.
     monkeypatch.setenv("FAKE_SPACE", str(TESTS / "tiny_space.yaml"))
-    monkeypatch.setattr("lowsearch.search.foreign.MAX_DRAWS", 3)
+    monkeypatch.setattr("lowsearch.search.foreign.N_UNIFORM", 1)
+    monkeypatch.setattr("lowsearch.search.foreign.MAX_UNIFORM", 3)
     monkeypatch.setattr("lowsearch.search.foreign.N_SAMPLED", 8)
     study = search(tmp_path / "study", StudySettings(trials=1000, workers=1, sampler=sampler))
     assert len(TINY.family) < len(genomes_of(study)) < TINY.size()
@@ -150,7 +151,7 @@ def test_a_miss_in_a_space_too_large_to_list_is_no_proof_and_the_next_run_looks_
     found = fakes.search(folder, settings, kind=kind)
     study = open_study(folder, settings.objectives)
     assert not is_exhausted(study)
-    assert re.match(r"no further network that keeps the limits was found among the [\d,]+ candidates", why_ended(study))
+    assert re.match(r"no untried network of space 'tiny' that keeps the limits .* was found among [\d,]+ candidates", why_ended(study))
     assert nothing_to_start(study, 6) and {c.state for c in found} == {"complete"} and len(found) < 6 + len(TINY.family)
     blind.clear()
     with pytest.MonkeyPatch.context() as patched:  # Nothing to search: the run ends with its finals, and says why.

@@ -75,6 +75,9 @@ def test_what_is_typed_changes_what_belongs_to_it(home, monkeypatch, typed, chan
         with pytest.raises(Ended):
             invoke(["run", "--study", "old", *typed])
         assert asked[1].to_dict() == asked[0].to_dict()
+        with pytest.raises(Ended):
+            invoke(["run", "--study", "old", "--trials", "9"])
+        assert asked[2].to_dict() == {**old.to_dict(), "trials": 9, "budget_s": None}
 
 
 @pytest.mark.parametrize(

@@ -561,7 +561,21 @@ def test_a_constraint_that_trials_tell_is_predicted_once_eight_told_it():
     assert kept("weights") > 2 * kept(ACCURACY_LIMIT) > 0  # One that studies set is not: its limit is known already.
 
 
-def test_with_a_limit_on_accuracy_alone_a_gain_counts_by_the_chance_that_it_is_kept():
+@pytest.mark.parametrize("values", [[np.inf] * 5 + [-np.inf] * 5, [1.0] * 10, [np.inf, -1.0] * 5], ids=["infinite", "all broken", "mixed"])
+def test_a_constraint_that_no_model_can_be_made_of_is_no_obstacle(values):
+    sampler = make_sampler(evolution=dataclasses.replace(SMALL, explore=0.0, learn=0.0))
+    study = optuna.create_study(directions=sampler.directions, sampler=sampler)
+    for value in values:
+        trial = study.ask()
+        genome = sampler.suggest(trial)
+        trial.set_constraint("fits", value)
+        study.tell(trial, truth(genome[None], sampler.objectives.metrics)[0].tolist())
+    found = sampler.proposal(study.trials, number=0)
+    assert float(found.why.removeprefix("expected gain ")) > 0
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["as the objective says", "as predicted"])
+def test_with_a_limit_on_accuracy_alone_a_gain_counts_by_the_chance_that_it_is_kept(tells):
     candidates = SPACE.sample(300, rng=np.random.default_rng(0))
     accuracy, latency_ms = FakeAccuracy().predict(candidates)[0], FakeLatency().predict(candidates)[0]
     bound = float(np.quantile(accuracy, 0.6))
@@ -581,7 +595,8 @@ def test_with_a_limit_on_accuracy_alone_a_gain_counts_by_the_chance_that_it_is_k
         trial = study.ask()
         suggest_genome(trial, SPACE)
         kept = accuracy[expected[-1]] >= bound
-        trial.set_constraint(ACCURACY_LIMIT, bound - accuracy[expected[-1]])
+        if tells:
+            trial.set_constraint(ACCURACY_LIMIT, bound - accuracy[expected[-1]])
         study.tell(trial, float(latency_ms[expected[-1]]))
         best_ms = min(best_ms, latency_ms[expected[-1]]) if kept else best_ms  # What falls short takes no gain from others.
     assert 0 < (accuracy[expected] < bound).sum() < 12

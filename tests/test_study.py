@@ -18,7 +18,8 @@ import pytest
 import study_fakes as fakes
 
 from lowsearch import footprint
-from lowsearch.errors import DataError, StudyError, UsageError
+from lowsearch.errors import DataError, NothingLeftError, StudyError, UsageError
+from lowsearch.report import tables
 from lowsearch.report.study_files import read_study
 from lowsearch.search import pareto
 from lowsearch.search.objectives import parse_limits
@@ -32,6 +33,7 @@ from lowsearch.study.run import Clock, run
 from lowsearch.study.settings import StudySettings, check_resumable, stored_settings
 from lowsearch.study.storage import candidates, n_proposals, open_study, why_ended
 from lowsearch.study.workers.conductor import Conductor
+from lowsearch.study.workers.crew import _user_error
 from lowsearch.study.workers.worker import Abandoned, Plan, SearchWorker
 
 SPACE, Death, Interrupting, essence, search = fakes.SPACE, fakes.Death, fakes.Interrupting, fakes.essence, fakes.search
@@ -153,6 +155,12 @@ def test_what_was_trained_and_misses_a_limit_on_accuracy_breaks_a_constraint_and
     keeping = [trial.values for c, trial in done if c.accuracy >= 0.57]
     assert 0 < len(keeping) < len(done)
     written = StudyFiles(folder, settings, parts, plan.reference_costs).refresh(found)
+    study = read_study(folder)
+    assert tables.best_known_front(study) and all(network.val_accuracy >= 0.57 for network in tables.best_known_front(study))
+    if objective == "latency":
+        kept = np.minimum.accumulate([t.values[0] if c.accuracy >= 0.57 else np.inf for c, t in done])
+        assert np.isnan(tables.best_so_far(study)).tolist() == np.isinf(kept).tolist()
+        assert tables.best_so_far(study)[-1] == pytest.approx(kept[-1])
     assert written == pytest.approx(pareto.hypervolume(settings.objectives.costs(np.array(keeping)), plan.reference_costs))
 
 
@@ -195,6 +203,12 @@ def test_a_repeated_network_is_pruned_with_its_reason(tmp_path):
     assert n_proposals(study) == 3
 
 
+def test_what_a_worker_says_as_it_ends_reaches_the_user():
+    said = json.dumps({"kind": "NothingLeftError", "message": "nothing is left", "hint": "loosen --max"})
+    error = _user_error(f"some warning\n{said}\n", None)
+    assert type(error) is NothingLeftError and (error.message, error.hint) == ("nothing is left", "loosen --max")
+
+
 @pytest.mark.parametrize("kind", [SearchWorker, partial(Conductor, engine=None)], ids=["worker", "conductor"])
 def test_a_sampler_that_only_repeats_ends_the_search_with_what_it_has(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("lowsearch.study.workers.worker.MAX_PRUNED_IN_A_ROW", 3)
@@ -202,7 +216,9 @@ def test_a_sampler_that_only_repeats_ends_the_search_with_what_it_has(tmp_path, 
     settings = StudySettings(trials=4, workers=1, sampler="tpe")
     found = search(tmp_path / "study", settings, kind=kind)
     assert [c.state for c in found[-3:]] == ["pruned"] * 3
-    assert "among the 3 candidates" in why_ended(open_study(tmp_path / "study", settings.objectives))
+    assert "3 proposals of sampler 'tpe' in a row break a limit or were tried before; there may be some" in why_ended(
+        open_study(tmp_path / "study", settings.objectives)
+    )
     over = StudySettings(trials=4, workers=1, sampler="tpe", limits=parse_limits(maxima=["params=60000"]))
     with pytest.raises((StudyError, Abandoned), match="3 proposals of sampler 'tpe' in a row"):  # Then there is nothing to end with.
         search(tmp_path / "over", over, kind=kind)

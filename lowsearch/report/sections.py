@@ -617,7 +617,7 @@ def _network_row(study: StudyFiles, network: Network, *, on_front: bool) -> str:
     cells = [
         _cell(_dotted(study, network), value=network.label),
         _cell(escape(network.origin)),
-        _cell("yes" if on_front else ""),
+        _cell("yes" if on_front else escape(f"breaks {network.breaks}") if network.breaks else ""),
         _cell(percent(network.test_accuracy, network.accuracy_std), "number", network.test_accuracy),
         _cell(percent(network.val_accuracy, network.accuracy_std), "number", network.val_accuracy),
         _cell(milliseconds(network.latency_ms, network.latency_std_ms), "number", network.latency_ms),

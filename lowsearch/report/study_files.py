@@ -65,6 +65,8 @@ class Network:
     params: float = NAN
     resolution_px: float = NAN
     on_front: bool = False
+    breaks: str = ""
+    """The limits that a finalist breaks."""
     weights: str = ""
     elapsed_s: float = NAN
     why: str = ""
@@ -306,6 +308,7 @@ def _network(row: _Row) -> Network:
         params=row.number("params", least=0),
         resolution_px=row.number("resolution_px", least=0),
         on_front=row.flag("on_front"),
+        breaks=row.text("breaks"),
         weights=row.text("weights"),
         elapsed_s=row.number("elapsed_s", least=0),
     )

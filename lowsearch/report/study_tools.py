@@ -87,6 +87,8 @@ def diff(first: StudyFiles, second: StudyFiles) -> dict[str, Any]:
     fronts = [tables.best_known_front(study) for study in (first, second)]
     for study, front in zip((first, second), fronts, strict=True):
         if not front:
+            if tables.finals_are_known(study):
+                raise StudyError(f"study {study.name!r} has no front: no network kept its limits", hint="compare studies that have one")
             raise StudyError(f"study {study.name!r} has no front yet", hint=f"lowsearch run --study {study.name}")
     wanted, accuracy = tables.objectives(first), tables.comparable_accuracy(*fronts[0], *fronts[1])
 

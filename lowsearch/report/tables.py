@@ -17,7 +17,16 @@ import numpy as np
 
 from lowsearch.report.study_files import NAN, Network, StudyFiles
 from lowsearch.search import pareto
-from lowsearch.search.objectives import LATENCY_METRICS, METRICS, OBJECTIVES, Metric, Objectives, of_latency, parse_objectives
+from lowsearch.search.objectives import (
+    LATENCY_METRICS,
+    METRICS,
+    OBJECTIVES,
+    Metric,
+    Objectives,
+    of_latency,
+    parse_limits,
+    parse_objectives,
+)
 
 MEASURED = "measured"
 
@@ -220,7 +229,8 @@ def best_so_far(study: StudyFiles) -> list[float]:
     """Of a study of one objective, its best value at every point of the hypervolume's curve, which is its distance from the reference."""
     [objective] = objectives(study)
     worst = (study.settings.get("reference_point") or {}).get(objective.metric, NAN)
-    costs = objective.cost(np.array(worst)) - np.array([point.hypervolume for point in study.hypervolume])
+    volumes = np.array([point.hypervolume for point in study.hypervolume])
+    costs = np.where(volumes != 0, objective.cost(np.array(worst)) - volumes, NAN)  # Nothing kept the limits so far, or all were worse.
     return objective.value(costs).tolist()
 
 
@@ -270,7 +280,7 @@ def shared_fronts(study: StudyFiles) -> list[SharedFront]:
         arch_ids = list(dict.fromkeys(row.arch_id for row in rows))
         regret = {device: tuple(row.regret for row in rows if row.device == device) for device in dict.fromkeys(row.device for row in rows)}
         fronts.append(SharedFront(name=name, networks=tuple(candidates[arch_id] for arch_id in arch_ids), regret=regret))
-    return fronts if fronts and fronts[0].networks else []
+    return fronts if fronts and fronts[0].name == "shared" and fronts[0].networks else []
 
 
 def mean_ratio(ratios: Sequence[float]) -> float:
@@ -324,7 +334,15 @@ def _accuracy_axis(study: StudyFiles, split: str) -> Axis:
 
 def best_known_front(study: StudyFiles) -> list[Network]:
     """The final front, or before there is one the front of the candidates scored so far."""
-    return final_front(study) if finals_are_known(study) else non_dominated(study, scored_candidates(study))
+    return final_front(study) if finals_are_known(study) else non_dominated(study, _accurate_enough(study, scored_candidates(study)))
+
+
+def _accurate_enough(study: StudyFiles, networks: Sequence[Network]) -> list[Network]:
+    """Those that keep the study's limits on accuracy as it is estimated; what breaks another is never scored."""
+    stored = (study.settings.get("settings") or {}).get("limits") or {}
+    asked = parse_limits(maxima=stored.get("max", ()), minima=stored.get("min", ())) if isinstance(stored, Mapping) else ()
+    bounds = [limit for limit in asked if limit.metric == "accuracy"]
+    return [n for n in networks if not any(limit.excess(np.array(n.val_accuracy)) > 0 for limit in bounds)]
 
 
 def comparable_accuracy(*networks: Network) -> Accuracy:
@@ -343,7 +361,7 @@ def against_family(study: StudyFiles) -> list[FamilyComparison]:
         return []
     known = [n for n in study.finalists if math.isfinite(n.val_accuracy)]
     family = sorted((n for n in known if n.is_family), key=lambda n: n.latency_ms)
-    proposed = [n for n in known if not n.is_family]
+    proposed = [n for n in known if not n.is_family and not n.breaks]
     return [_compare(member, proposed) for member in family] if proposed else []
 
 
@@ -421,8 +439,8 @@ class Hypervolumes:
 def hypervolumes(study: StudyFiles) -> Hypervolumes | None:
     """None where the study is not about accuracy and latency, has no reference point, or one side has no finalists."""
     wanted, reference = objectives(study), study.settings.get("reference_point") or {}
-    proposed = [n for n in study.finalists if not n.is_family]
-    family = [n for n in study.finalists if n.is_family]
+    proposed = [n for n in study.finalists if not n.is_family and not n.breaks]
+    family = [n for n in study.finalists if n.is_family and not n.breaks]
     accuracy = comparable_accuracy(*proposed, *family)
     if len(wanted) != 2 or not searches_latency(study) or not set(wanted.metrics) <= reference.keys():
         return None

@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial
 from lowsearch.errors import NothingLeftError
 from lowsearch.space import SearchSpace
 
-MAX_DRAWS = 1000
+N_UNIFORM, MAX_UNIFORM = 1024, 262_144
+"""Random networks that are drawn at a time, and in all before the search is given up."""
 N_STARTUP = 10
 """So many networks are scored before a Gaussian process is asked; until then, random ones."""
 N_SAMPLED, N_PARENTS, N_CHILDREN, N_GENERATIONS = 2048, 32, 16, 8
@@ -31,8 +32,32 @@ def gene_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return {gene.name: IntDistribution(0, len(gene.choices) - 1) for gene in space.genes}
 
 
+class UniformSampler(BaseSampler):
+    """Networks at random, every gene uniform over its choices, drawn again until one is accepted: (n, n_genes) -> (n,)."""
+
+    def __init__(self, space: SearchSpace, accept: Callable[[np.ndarray], np.ndarray], *, seed: int) -> None:
+        self._space, self.accept, self._seed = space, accept, seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return gene_distributions(self._space)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        if not search_space or "fixed_params" in trial.system_attrs:
+            return {}
+        rng = np.random.default_rng([self._seed, trial.number])
+        for _ in range(MAX_UNIFORM // N_UNIFORM):
+            genomes = self._space.sample(N_UNIFORM, rng=rng)
+            if (accepted := np.flatnonzero(self.accept(genomes))).size:
+                return {gene.name: int(index) for gene, index in zip(self._space.genes, genomes[accepted[0]], strict=True)}
+        raise _nothing_accepted(MAX_UNIFORM)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        raise AssertionError(f"{param_name} is no gene of the space")
+
+
 class SeededSampler(BaseSampler):
-    """A fresh sampler from `make` for every trial; `accept`, where given, has it draw again until it accepts: (n, n_genes) -> (n,)."""
+    """A fresh sampler from `make` for every trial. Where `accept` is given, (n, n_genes) -> (n,), a random network takes the place of one
+    that is not accepted."""
 
     def __init__(
         self,
@@ -44,7 +69,7 @@ class SeededSampler(BaseSampler):
     ) -> None:
         self._make = make
         self._seed = seed
-        self._accept = accept
+        self._instead = UniformSampler(space, accept, seed=seed) if accept else None
         self._distributions = gene_distributions(space)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -54,18 +79,16 @@ class SeededSampler(BaseSampler):
         """All genes at once, so that a trial interrupted between two of them is completed as it would have been."""
         if not search_space:
             return {}
-        for draw in range(MAX_DRAWS if self._accept else 1):
-            seed = int(np.random.default_rng([self._seed, trial.number, draw]).integers(2**31))
-            sampler = self._make(seed)
-            params = dict(sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial)))
-            if "fixed_params" in trial.system_attrs:
-                return {}  # An enqueued network; NSGA-II has noted its generation by now.
-            for name, distribution in search_space.items():
-                if name not in params:
-                    params[name] = sampler.sample_independent(study, trial, name, distribution)
-            if self._accept is None or self._accept(np.array([[params[name] for name in self._distributions]], dtype=np.int8))[0]:
-                return params
-        raise _nothing_accepted(MAX_DRAWS)
+        sampler = self._make(int(np.random.default_rng([self._seed, trial.number]).integers(2**31)))
+        params = dict(sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial)))
+        if "fixed_params" in trial.system_attrs:
+            return {}  # An enqueued network; NSGA-II has noted its generation by now.
+        for name, distribution in search_space.items():
+            if name not in params:
+                params[name] = sampler.sample_independent(study, trial, name, distribution)
+        if self._instead is None or self._instead.accept(np.array([[params[name] for name in self._distributions]], dtype=np.int8))[0]:
+            return params
+        return self._instead.sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         seed = int(np.random.default_rng([self._seed, trial.number, *param_name.encode()]).integers(2**31))
@@ -74,9 +97,9 @@ class SeededSampler(BaseSampler):
 
 def _nothing_accepted(n: int) -> NothingLeftError:
     return NothingLeftError(
-        f"{n} random networks in a row break a limit or were tried before",
-        hint="loosen --max or --min, or use --sampler lowsearch, which searches for networks within limits", n_scored=n,
-    )  # fmt: skip
+        f"{n:,} random networks in a row break a limit or were tried before",
+        hint="loosen --max or --min, or use --sampler lowsearch, which searches for networks within limits",
+    )
 
 
 class GaussianProcessSampler(GPSampler):

@@ -254,7 +254,7 @@ class LowSearchSampler(BaseSampler):
         objective set, or a limit on accuracy, is left out: nothing it dominates is worse for it.
         """
         posterior = getattr(accuracy, "posterior", None)
-        feasible = self._feasible(held, seen, posterior)
+        feasible = self._feasible(held, seen, accuracy)
         done = feasible & np.array([t.state == TrialState.COMPLETE for t in held], dtype=bool)
         costs = self.objectives.costs(np.array([t.values for t, d in zip(held, done, strict=True) if d], dtype=float))
         std = np.zeros(len(costs))
@@ -272,31 +272,40 @@ class LowSearchSampler(BaseSampler):
             costs, std = np.vstack([costs, self._costs(estimates)[counts]]), np.append(std, self._std(estimates)[counts])
         return costs, std
 
-    def _feasible(self, held: Sequence[FrozenTrial], seen: np.ndarray, posterior: Posterior | None) -> np.ndarray:
-        """Whether each trial (n,) breaks no constraint that was set on it (Optuna's are broken above 0), nor a limit on its accuracy by
-        what is estimated of that now.
+    def _feasible(self, held: Sequence[FrozenTrial], seen: np.ndarray, accuracy: AccuracyModel | None) -> np.ndarray:
+        """Whether each trial (n,) breaks no constraint that was set on it (Optuna's are broken above 0), nor a limit on its accuracy.
 
-        Where accuracy is an objective, the reference point is at its limit: beyond it nothing is gained anyway.
+        Its accuracy is what the model's `posterior` knows of it now; without one, what the study said when the trial ended, or else the
+        prediction. Where accuracy is an objective, the reference point is at its limit: beyond it nothing is gained anyway.
         """
-        judged_anew = ACCURACY_KEY in self.objectives.metrics or posterior is not None
-        feasible = np.array(
-            [all(v <= 0 for name, v in t.constraints.items() if not (judged_anew and name == ACCURACY_LIMIT)) for t in held], dtype=bool
-        )
-        if posterior is not None and ACCURACY_KEY not in self.objectives.metrics and self._limits_accuracy and len(held):
-            mean = posterior(seen)[0]
-            for limit in self.limits:
-                if limit.metric == ACCURACY_KEY:
-                    feasible &= ~(limit.excess(mean) > 0)  # A NaN, of what is not trained yet, breaks nothing.
-        return feasible
+        feasible = np.array([all(v <= 0 for name, v in t.constraints.items() if name != ACCURACY_LIMIT) for t in held], dtype=bool)
+        if not len(held) or not self._limits_accuracy or ACCURACY_KEY in self.objectives.metrics:
+            return feasible
+
+        def excess_of(mean: np.ndarray) -> np.ndarray:
+            return np.max([limit.excess(mean) for limit in self.limits if limit.metric == ACCURACY_KEY], axis=0)
+
+        broken = np.array([t.constraints.get(ACCURACY_LIMIT, np.nan) for t in held])
+        posterior: Posterior | None = getattr(accuracy, "posterior", None)
+        if posterior is not None:
+            now = excess_of(posterior(seen)[0])
+            broken = np.where(np.isnan(now), broken, now)
+        elif accuracy is not None:
+            broken = np.where(np.isnan(broken), excess_of(accuracy.predict(seen)[0]), broken)
+        return feasible & ~(broken > 0)  # Of what nothing is known, nothing is broken.
 
     def _constraint_models(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> dict[str, TrialSurrogate]:
-        """A model of every constraint that objectives set, where it was broken by some and kept by others of enough trials."""
+        """A model of every constraint that objectives set, where it was broken by some and kept by others of enough trials.
+
+        An infinite value, of what cannot be told in numbers, counts as twice the largest other.
+        """
         models = {}
         for name in sorted({name for t in held for name in t.constraints} - {LIMITS, ACCURACY_LIMIT}):
             known = np.array([t.state == TrialState.COMPLETE and name in t.constraints for t in held], dtype=bool)
             values = np.array([t.constraints[name] for t, k in zip(held, known, strict=True) if k])
-            if len(values) >= MIN_TRIALS_FOR_SURROGATE and (values > 0).any():
-                models[name] = TrialSurrogate(self._estimator, seen[known], values)
+            if len(values) >= MIN_TRIALS_FOR_SURROGATE and 0 < (values > 0).sum() < len(values):
+                most = 2 * np.abs(values[np.isfinite(values)]).max(initial=0.5)
+                models[name] = TrialSurrogate(self._estimator, seen[known], np.clip(values, -most, most))
         return models
 
     def _estimator_for(self, number: int) -> Estimator:
@@ -424,7 +433,6 @@ class LowSearchSampler(BaseSampler):
             return NothingLeftError(
                 f"none of the {len(self._candidates):,} candidates is untried and keeps the limits ({limits})",
                 hint="give more candidates",
-                n_scored=n_scored,
             )
         probe = self._estimator.estimate(self.space.sample(20_000, rng=rng), accuracy)
         reached = [(limit.name, of_limit(probe, limit)[0]) for limit in self.limits if limit.metric in probe.mean]
@@ -432,8 +440,8 @@ class LowSearchSampler(BaseSampler):
         return NothingLeftError(
             f"no untried network of space {self.space.name!r} that keeps the limits ({limits}) with the margin of the predictions was "
             f"found among {n_scored:,} candidates",
-            hint=f"random networks reach {reach}" if reach else "choose a larger space", n_scored=n_scored,
-        )  # fmt: skip
+            hint=f"random networks reach {reach}" if reach else "choose a larger space",
+        )
 
 
 class _NoisyGain:

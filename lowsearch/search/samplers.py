@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from lowsearch.search.estimates import AccuracySource, Estimator
 from lowsearch.search.feasible import all_to_try
-from lowsearch.search.foreign import GaussianProcessSampler, SeededSampler, gene_distributions
+from lowsearch.search.foreign import GaussianProcessSampler, SeededSampler, UniformSampler, gene_distributions
 from lowsearch.search.objectives import Limit, Metric, Objectives
 from lowsearch.search.sampler import LowSearchSampler, gene_indices
 from lowsearch.space import SearchSpace
@@ -78,7 +78,7 @@ SAMPLERS: dict[str, Callable[[Task], BaseSampler]] = {
     "gp": lambda task: SeededSampler(
         lambda seed: GaussianProcessSampler(task.space, task.acceptable, seed=seed), task.space, seed=task.seed, accept=task.acceptable
     ),
-    "random": lambda task: SeededSampler(lambda seed: RandomSampler(seed=seed), task.space, seed=task.seed, accept=task.acceptable),
+    "random": lambda task: UniformSampler(task.space, task.acceptable, seed=task.seed),
     "exhaustive": lambda task: ExhaustiveSampler(
         all_to_try(task.prediction or task.estimator, task.limits), task.space, task.acceptable, seed=task.seed
     ),

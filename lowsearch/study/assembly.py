@@ -176,7 +176,7 @@ def prepare(folder: Path, settings: StudySettings, progress: Progress | None) ->
         if schedule is not None:
             check_recipe(schedule, num_classes=len(data.classes))
             require_images(rungs_of(settings.rungs), data, schedule)
-    if stored_settings(folder) is None:  # Before anything is measured: what needs no measurement is told at once.
+    if stored_settings(folder) is None and not settings.supernet:  # What needs no measurement is told before anything is measured.
         exact = [limit for limit in settings.limits if limit.metric in EXACT_METRICS]
         check_limits(Estimator(space, None, batch=settings.batch, precision=targets_of(settings)[0].precision), exact)
     if settings.supernet and not (folder / INHERITED_FILE).exists():

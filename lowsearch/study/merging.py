@@ -21,7 +21,7 @@ from lowsearch.errors import StudyError
 from lowsearch.latency.pace import pace_since
 from lowsearch.latency.table import LatencyTable
 from lowsearch.search.estimates import excess
-from lowsearch.search.sampler import ACCURACY_LIMIT, WHOLE_SCHEDULE
+from lowsearch.search.sampler import LIMITS, WHOLE_SCHEDULE, accuracy_constraint
 from lowsearch.search.verification import VERIFIED, Verifications
 from lowsearch.study.knowledge import RECIPE_FILE, SPACE_FILE, TABLE_FILE, of_study, settings_of, table_files
 from lowsearch.study.parts import INHERITED_FILE
@@ -118,10 +118,8 @@ def _write(first: Path, second: Path, folder: Path, settings: StudySettings) -> 
             if not np.isnan(c.elapsed_s):
                 attrs["elapsed_s"] = round(c.elapsed_s + earlier_s, 2)
             values = [mean[metric] for metric in settings.objectives.metrics]
-            broken = {
-                name: value if name == ACCURACY_LIMIT else float(excess(estimates, settings.limits)[0])
-                for name, value in trial.constraints.items()
-            }
+            broken = {LIMITS: float(excess(estimates, settings.limits)[0])} if settings.limits else {}
+            broken |= accuracy_constraint(settings.limits, c.accuracy)
             add_scored(merged, known.space, c.genome, values=values, attrs=attrs, constraints=broken)
         counts[which] = len(new)
     stated: dict[str, Any] = {k: v for k, v in (read_study_file(first) or {}).items() if k not in ("spent_s", "pace", SERVER_STUDY)}

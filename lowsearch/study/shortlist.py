@@ -20,7 +20,7 @@ from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.latency.pace import pace_since
 from lowsearch.search import pareto
-from lowsearch.search.objectives import LATENCY_METRICS, Limit, of_latency
+from lowsearch.search.objectives import LATENCY_METRICS, Limit, Metric, of_latency
 from lowsearch.study.outputs import candidate_costs, decode, keeps_limits, write_csv
 from lowsearch.study.parts import Parts, Progress
 from lowsearch.study.settings import StudySettings
@@ -46,6 +46,8 @@ class Measurement(NamedTuple):
     predicted_latency_ms: float
     energy_mj: float = math.nan
     """Of one pass, where the device counts it."""
+    worst_latency: float = math.nan
+    """Over all devices of a study of several, by this measurement and the predictions of the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +158,14 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     measured = parts.measure([*archs, *(arch for arch, _ in anchors)], told)
     pace = pace_since([latency.latency_ms for latency in measured[len(archs) :]], [then_ms for _, then_ms in anchors])
     predicted = parts.prediction.estimate(np.stack([parts.space.encode(arch) for arch in archs]))
+    measured_ms = np.array([latency.latency_ms for latency in measured[: len(archs)]])
+    worst = parts.prediction.as_measured(predicted, measured_ms).mean.get("worst_latency")
     rows: list[dict[str, Any]] = []
     for i, (arch, latency) in enumerate(zip(archs, measured, strict=False)):
         row: dict[str, Any] = {"arch_id": arch.arch_id, "latency_ms": latency.latency_ms, "latency_std_ms": latency.latency_std_ms}
         row |= {"predicted_latency_ms": predicted.mean["latency_ms"][i], "predicted_latency_std_ms": predicted.std["latency_ms"][i]}
         row |= {name: getattr(latency, name) for name in _RAW if getattr(latency, name, None) is not None}
+        row |= {"worst_latency": worst[i]} if worst is not None else {}
         rows.append(row)
     content = {"pace": None if math.isnan(pace) else pace, "anchors": len(anchors), "networks": rows}
     write_atomically(folder / MEASUREMENTS, json.dumps(content, indent=1, default=float) + "\n")
@@ -170,11 +175,11 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
 
 
 def broken_limits(settings: StudySettings, measured: Measurement) -> dict[Limit, float]:
-    """The study's limits that a network breaks by what was measured of it (latency, throughput, time per image, energy), each by which
-    fraction of its bound.
+    """The study's limits that a network breaks by what was measured of it (latency, throughput, time per image, energy, the worst case of
+    several devices), each by which fraction of its bound.
     """
-    values = {metric: of_latency(metric, measured.latency_ms, settings.batch) for metric in LATENCY_METRICS}
-    values |= {"energy_mj": measured.energy_mj}
+    values: dict[Metric, float] = {metric: of_latency(metric, measured.latency_ms, settings.batch) for metric in LATENCY_METRICS}
+    values |= {"energy_mj": measured.energy_mj, "worst_latency": measured.worst_latency}
     excess = {x: float(x.excess(np.array(values[x.metric]))) / x.bound for x in settings.measured_limits if x.metric in values}
     return {limit: by for limit, by in excess.items() if by > 0}
 

@@ -47,7 +47,7 @@ _LOCK_TIMEOUT_S = 120
 KNOWN_FROM = "known_from"
 """Attribute of a trial that was not run here: the earlier study that its network is known from."""
 _EXHAUSTED = "exhausted"
-_MISSED = "missed_among"
+_MISSED = "missed"
 _OPEN = "search_open"
 
 Origin = Literal["family", "proposed", "random"]
@@ -269,34 +269,29 @@ def is_exhausted(study: optuna.Study) -> bool:
     return bool(study.user_attrs.get(_EXHAUSTED))
 
 
-def set_missed(study: optuna.Study, n_scored: int) -> None:
-    """Note that a proposal found no further network within the limits among `n_scored`, and fail the trial that was asked for in vain.
+def set_missed(study: optuna.Study, why: str) -> None:
+    """Note `why` no further network within the limits was found, and fail the trial that was asked for in vain.
 
     Call it under the proposal lock: every other trial that runs has all its genes.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not trial.params:
             study.tell(trial.number, state=TrialState.FAIL)
-    study.set_user_attr(_MISSED, n_scored)
+    study.set_user_attr(_MISSED, why)
 
 
 def forget_miss(study: optuna.Study) -> None:
     """Have the next run look again."""
     if study.user_attrs.get(_MISSED):
-        study.set_user_attr(_MISSED, 0)
+        study.set_user_attr(_MISSED, "")
 
 
 def why_ended(study: optuna.Study) -> str:
     """Why the search ended before its time, in words; empty where it did not."""
     if is_exhausted(study):
         return "no network within the limits is left to try: all of the space were looked at"
-    n_scored = int(study.user_attrs.get(_MISSED, 0))
-    return (
-        f"no further network that keeps the limits was found among the {n_scored:,} candidates of the last proposal; "
-        "there may be some, and the same command looks again"
-        if n_scored
-        else ""
-    )
+    why = study.user_attrs.get(_MISSED)
+    return f"{why}; there may be some, and the same command looks again" if why else ""
 
 
 def set_search_open(study: optuna.Study, is_open: bool) -> None:

@@ -107,7 +107,7 @@ class Conductor(SearchWorker):
             except NothingLeftError as error:
                 if not self._flights and not any(c.state == "complete" for c in found):
                     raise
-                set_missed(self._study, error.n_scored)
+                set_missed(self._study, error.message)
                 self._found_none = True
                 return
             self._pruned_in_a_row = 0

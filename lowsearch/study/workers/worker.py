@@ -30,7 +30,7 @@ from lowsearch.search.verification import broken_limit, is_near_limit, verify
 from lowsearch.study.gate import SIGNALS, Gate
 from lowsearch.study.parts import Parts, Record, Scorer, stand_in_of
 from lowsearch.study.settings import StudySettings, read_study_file, stored_settings
-from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted, set_missed
+from lowsearch.study.storage import Candidate, candidates, crew_of, n_proposals, open_study, set_exhausted, set_missed, why_ended
 from lowsearch.study.workers.database import PATIENCE_S
 from lowsearch.study.workers.leases import WORKER, Overtaken, is_held, kept
 from lowsearch.train import Rung
@@ -130,7 +130,7 @@ class SearchWorker:
                 if not isinstance(missed, NothingLeftError) or not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
                     raise
                 with self._lock:  # A trial that was pruned has let go of it.
-                    set_missed(self._study, missed.n_scored)
+                    set_missed(self._study, missed.message)
                 return
             except Overtaken:
                 logger.warning("a trial was handed to another worker; what was trained of it is on record")
@@ -169,6 +169,7 @@ class SearchWorker:
             return False
         if self._all is not None and not self._acceptable(self._all).any():
             set_exhausted(self._study)
+        if why_ended(self._study):
             return True
         trials = self._plan.settings.trials
         return trials is not None and n_proposals(self._study) >= trials
@@ -183,8 +184,8 @@ class SearchWorker:
         if self._pruned_in_a_row >= MAX_PRUNED_IN_A_ROW:
             raise NothingLeftError(
                 f"{self._pruned_in_a_row} proposals of sampler {self._plan.settings.sampler!r} in a row break a limit or were tried before",
-                hint="loosen --max or --min, or start another study with --sampler lowsearch", n_scored=self._pruned_in_a_row,
-            )  # fmt: skip
+                hint="loosen --max or --min, or start another study with --sampler lowsearch",
+            )
 
     def _objective(self, trial: Trial) -> tuple[float, ...]:
         try:
