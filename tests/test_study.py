@@ -145,7 +145,7 @@ def test_networks_over_a_limit_are_never_trained_and_do_not_count(tmp_path, samp
 @pytest.mark.parametrize("objective", ["latency", "acc-latency"])
 def test_what_was_trained_and_misses_a_limit_on_accuracy_breaks_a_constraint_and_adds_no_hypervolume(tmp_path, objective):
     folder, limits = tmp_path / "study", parse_limits(minima=["accuracy=0.57"])
-    settings = StudySettings(trials=8, workers=1, objective=objective, limits=limits)
+    settings = StudySettings(trials=4, workers=1, objective=objective, limits=limits)
     found = search(folder, settings)
     parts, plan = fakes.make_parts(folder, settings), Plan.read(folder)
     trials = open_study(folder, settings.objectives).get_trials()
