@@ -4,10 +4,12 @@
     python benchmarks/real_study.py --report               # the result again from the folder, without training or measuring
 
 1. For every study seed one `lowsearch run` (micro space, ONNX Runtime, two workers), `--minutes` of search each.
-2. Of every front up to `--points` proposals, all hand-made members, and networks of timm in the same size class go through one final
-   recipe, that of the study, with the same `--seeds` fresh seeds; train images teach, test images are read once a training. timm's networks
-   are trained by the same engine, from random weights; NAME@PX says the resolution, to which images are resized as they are for ours.
-3. All are measured in fresh processes, interleaved, when nothing is trained any more.
+2. Of every front up to `--points` proposals, all hand-made members, and networks of timm in the same size class are measured in fresh
+   processes, interleaved, on the machine that was searched for, while nothing is trained.
+3. All of them go through one final recipe, that of the study, with the same `--seeds` fresh seeds; train images teach, test images are read
+   once a training. timm's networks are trained by the same engine, from random weights; NAME@PX says the resolution, to which images are
+   resized as they are for ours. Accuracies are of no machine, so the trainings may go on elsewhere: `--contest` with contest.json,
+   latencies.json and trainings/ of the folder.
 
 The points are chosen without test images (`choose`): for every member the study's own replacement, the proposal of its front that scores
 best on validation images among those 1.3 times faster, or where there is none, no slower. A point **dominates** a member where it is
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--timm", nargs="*", default=list(TIMM), metavar="NAME@PX")
     parser.add_argument("--folder", type=Path, default=Path(".bench/real_study"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--contest", action="store_true", help="the trainings that are left of the contest in the folder, and the result")
     parser.add_argument("--report", action="store_true", help="the result from the folder, of what is trained and measured there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a process of this script that trains for the contest
     arguments = parser.parse_args()
@@ -102,7 +105,9 @@ def main() -> None:
         if arguments.worker:
             work(folder)
             return
-        if not arguments.report:
+        if arguments.contest:
+            go_on(folder, workers=arguments.workers)
+        elif not arguments.report:
             run_all(arguments, folder)
         result = report(folder)
     except LowsearchError as error:
@@ -128,10 +133,28 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> None:
                 search(arguments, folder, seed, data=data_name, space=space_name)
             contest = Contest.between(arguments, folder, timm, counts, data, data_name, space_name, spec, schedule)
             contest.save(folder)
-            train_all(folder, contest, schedule, workers=arguments.workers)
             measure(folder, contest)
+            train_all(folder, contest, schedule, workers=arguments.workers)
     except Timeout as error:
-        raise StudyError(f"another process works in {folder}", hint="wait for it, or give another --folder") from error
+        raise _in_use(folder) from error
+
+
+def go_on(folder: Path, *, workers: int) -> None:
+    """The trainings that are left. Raises StudyError where the folder holds no contest, or its data set is another one here."""
+    contest = Contest.load(folder)
+    if (found := load_data(contest.data).data_hash) != contest.data_hash:
+        raise StudyError(
+            f"{contest.data} has the hash {found}, that of the contest {contest.data_hash}", hint="give the same images the same place"
+        )
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            train_all(folder, contest, recipe(contest.recipe), workers=workers)
+    except Timeout as error:
+        raise _in_use(folder) from error
+
+
+def _in_use(folder: Path) -> StudyError:
+    return StudyError(f"another process works in {folder}", hint="wait for it, or give another --folder")
 
 
 # The studies -----------------------------------------------------------------------------------------------------------

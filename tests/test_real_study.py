@@ -236,6 +236,15 @@ def test_it_survives_kills_repeats_nothing_and_ends_with_a_verdict(tmp_path):
     assert finished() == after and (tmp_path / "work" / "latencies.json").stat().st_mtime_ns == measured, "all of it was done"
     subprocess.run([*command[:2], "--report", "--folder", "work", "--out", "again.json"], cwd=tmp_path, check=True)
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads((tmp_path / "result.json").read_text())
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "trainings").mkdir(parents=True)
+    for name in ("contest.json", "latencies.json"):
+        (elsewhere / name).write_text((tmp_path / "work" / name).read_text())
+    for path in sorted(trainings.glob("*.json"))[1:]:
+        (elsewhere / "trainings" / path.name).write_text(path.read_text())
+    subprocess.run([*command[:2], "--contest", "--folder", "elsewhere", "--out", "again.json"], cwd=tmp_path, check=True)
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["verdicts"] == json.loads((tmp_path / "result.json").read_text())["verdicts"], "one training made anew, the others copied"
     # Bit for bit what an undisturbed training gives.
     path = next(iter(before))
     content = path.read_text()
