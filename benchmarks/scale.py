@@ -105,8 +105,12 @@ class Process:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it, and its children, a signal."""
+        os.killpg(self._process.pid, number)
+
     def kill_with_children(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         self._process.wait()
 
     def children(self) -> list[int]:
@@ -155,8 +159,12 @@ def run_under_fire(
 
     def kill_crew() -> None:
         study = open_study(folder, parse_objectives("acc-latency"))
-        while not any(crew_of(trial.user_attrs.get(WORKER) or "") for trial in running(study)):
-            time.sleep(0.02)  # Most of the time its workers wait for their turn to propose: kill it while one trains.
+        while True:  # Most of the time its workers wait for their turn to propose: frozen, it is killed where one of them holds a trial.
+            joined[0].signal(signal.SIGSTOP)
+            if any(crew_of(trial.user_attrs.get(WORKER) or "") for trial in running(study)):
+                break
+            joined[0].signal(signal.SIGCONT)
+            time.sleep(0.05)
         joined[0].kill_with_children()
         join()
 
