@@ -42,7 +42,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -127,16 +127,13 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> None:
     timm = [_timm_network(text, len(data.classes)) for text in arguments.timm]
     counts = {key_of(network): _count(network) for network in timm}  # Before hours of work: whether each can be built, and runs.
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            for seed in arguments.studies:
-                search(arguments, folder, seed, data=data_name, space=space_name)
-            contest = Contest.between(arguments, folder, timm, counts, data, data_name, space_name, spec, schedule)
-            contest.save(folder)
-            measure(folder, contest)
-            train_all(folder, contest, schedule, workers=arguments.workers)
-    except Timeout as error:
-        raise _in_use(folder) from error
+    with alone_in(folder):
+        for seed in arguments.studies:
+            search(arguments, folder, seed, data=data_name, space=space_name)
+        contest = Contest.between(arguments, folder, timm, counts, data, data_name, space_name, spec, schedule)
+        contest.save(folder)
+        measure(folder, contest)
+        train_all(folder, contest, schedule, workers=arguments.workers)
 
 
 def go_on(folder: Path, *, workers: int) -> None:
@@ -146,15 +143,19 @@ def go_on(folder: Path, *, workers: int) -> None:
         raise StudyError(
             f"{contest.data} has the hash {found}, that of the contest {contest.data_hash}", hint="give the same images the same place"
         )
+    with alone_in(folder):
+        train_all(folder, contest, recipe(contest.recipe), workers=workers)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises StudyError where another process works in `folder`."""
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            train_all(folder, contest, recipe(contest.recipe), workers=workers)
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout as error:
-        raise _in_use(folder) from error
-
-
-def _in_use(folder: Path) -> StudyError:
-    return StudyError(f"another process works in {folder}", hint="wait for it, or give another --folder")
+        raise StudyError(f"another process works in {folder}", hint="wait for it, or give another --folder") from error
+    with lock:
+        yield
 
 
 # The studies -----------------------------------------------------------------------------------------------------------

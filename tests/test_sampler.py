@@ -616,8 +616,9 @@ def test_a_limit_on_an_accuracy_that_nothing_tells_is_refused():
 def test_without_a_predictor_networks_are_random_ones_within_limits_that_random_sampling_misses():
     limits = parse_limits(maxima=["macs=6.5e5"])
     assert (excess(EXACT.estimate(SPACE.sample(4096, rng=np.random.default_rng(1))), limits) > 0).all()
+    timed = Estimator(SPACE, FakeLatency())
     task = Task(
-        space=SPACE, estimator=Estimator(SPACE, FakeLatency()), accuracy=FakeAccuracy(), objectives=make_sampler().objectives,
+        space=SPACE, estimator=timed, prediction=timed, accuracy=FakeAccuracy(), objectives=make_sampler().objectives,
         limits=limits, reference={}, seed=0, acceptable=lambda genomes: np.ones(len(genomes), dtype=bool),
     )  # fmt: skip
     _, genomes = run(without_predictor(task), 6)

@@ -23,6 +23,7 @@ from lowsearch.search.objectives import (
     OBJECTIVES,
     Metric,
     Objectives,
+    accuracy_excess,
     of_latency,
     parse_limits,
     parse_objectives,
@@ -341,8 +342,8 @@ def _accurate_enough(study: StudyFiles, networks: Sequence[Network]) -> list[Net
     """Those that keep the study's limits on accuracy as it is estimated; what breaks another is never scored."""
     stored = (study.settings.get("settings") or {}).get("limits") or {}
     asked = parse_limits(maxima=stored.get("max", ()), minima=stored.get("min", ())) if isinstance(stored, Mapping) else ()
-    bounds = [limit for limit in asked if limit.metric == "accuracy"]
-    return [n for n in networks if not any(limit.excess(np.array(n.val_accuracy)) > 0 for limit in bounds)]
+    over = accuracy_excess(asked, np.array([network.val_accuracy for network in networks])) > 0
+    return [network for network, is_over in zip(networks, over, strict=True) if not is_over]
 
 
 def comparable_accuracy(*networks: Network) -> Accuracy:

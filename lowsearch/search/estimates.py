@@ -161,9 +161,7 @@ class Estimator:
         if not isinstance(self.latency, Fleet):
             return estimates
         worst, std = self.latency.worst(estimates.by_device)
-        return replace(
-            estimates, mean={**estimates.mean, "worst_latency": worst}, std={**estimates.std, "worst_latency": std}
-        )  # fmt: skip
+        return replace(estimates, mean={**estimates.mean, "worst_latency": worst}, std={**estimates.std, "worst_latency": std})
 
     def on_device(self, label: str) -> Estimator:
         """Of a fleet: the same estimates, with the worst case of one device alone."""
@@ -225,11 +223,6 @@ def excess(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:
         if limit.metric in estimates.mean:
             total += np.maximum(limit.excess(at_confidence(estimates, limit)), 0.0) / max(limit.bound, 1e-12)
     return total
-
-
-def accuracy_excess(limits: Sequence[Limit], accuracy: float) -> float:
-    """By how much a trained network's `accuracy` breaks those of `limits` that are on it, the worst; 0 or less where it keeps them."""
-    return max((float(limit.excess(np.array(accuracy))) for limit in limits if limit.metric == "accuracy"), default=0.0)
 
 
 def chance_within(estimates: Estimates, limits: Sequence[Limit]) -> np.ndarray:

@@ -16,6 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from lowsearch.errors import NothingLeftError
+from lowsearch.search.sampler import gene_indices
 from lowsearch.space import SearchSpace
 
 N_UNIFORM, MAX_UNIFORM = 1024, 262_144
@@ -48,7 +49,7 @@ class UniformSampler(BaseSampler):
         for _ in range(MAX_UNIFORM // N_UNIFORM):
             genomes = self._space.sample(N_UNIFORM, rng=rng)
             if (accepted := np.flatnonzero(self.accept(genomes))).size:
-                return {gene.name: int(index) for gene, index in zip(self._space.genes, genomes[accepted[0]], strict=True)}
+                return gene_indices(genomes[accepted[0]], self._space)
         raise _nothing_accepted(MAX_UNIFORM)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:

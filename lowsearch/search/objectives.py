@@ -197,6 +197,13 @@ class Limit:
         return array - self.bound if self.side == "max" else self.bound - array
 
 
+def accuracy_excess(limits: Iterable[Limit], accuracy: np.ndarray) -> np.ndarray:
+    """By how much each `accuracy` breaks those of `limits` that are on it, the worst, same shape; 0 or less where it keeps them."""
+    array = np.asarray(accuracy, dtype=float)
+    broken = [limit.excess(array) for limit in limits if limit.metric == "accuracy"]
+    return np.max(broken, axis=0) if broken else np.zeros_like(array)
+
+
 _ALIASES: dict[str, Metric] = {
     **{objective.name: objective.metric for objective in _ALL}, "val_accuracy": "accuracy", "flops": "macs", "fps": "throughput_ips",
 }  # fmt: skip

@@ -36,7 +36,6 @@ from lowsearch.search.estimates import (
     Estimates,
     Estimator,
     LatencyModel,
-    accuracy_excess,
     chance_within,
     check_models,
     excess,
@@ -45,7 +44,7 @@ from lowsearch.search.estimates import (
     reference_values,
 )
 from lowsearch.search.evolution import breed, first_of_each, one_blas_thread, unseen_mask
-from lowsearch.search.objectives import OBJECTIVES, Direction, Limit, Metric, Objectives, parse_objectives
+from lowsearch.search.objectives import OBJECTIVES, Direction, Limit, Metric, Objectives, accuracy_excess, parse_objectives
 from lowsearch.search.surrogate import TrialSurrogate
 from lowsearch.space import SearchSpace
 
@@ -154,7 +153,10 @@ class LowSearchSampler(BaseSampler):
         self._train_cost = train_cost
         self._estimator = Estimator(space, latency, batch=batch, precision=precision, energy=energy)
         check_models(self.objectives, limits, latency=latency, energy=energy)
-        if accuracy is None and self._limits_accuracy and ACCURACY_KEY not in self.objectives.metrics:
+        # Where accuracy is an objective, the reference point is at its limit: beyond it nothing is gained anyway.
+        is_objective = ACCURACY_KEY in self.objectives.metrics
+        self._accuracy_limits = () if is_objective else tuple(limit for limit in self.limits if limit.metric == ACCURACY_KEY)
+        if accuracy is None and self._accuracy_limits:
             raise UsageError("accuracy has a limit, but nothing tells it", hint="pass accuracy=, or make accuracy an objective")
         self._axis = self.objectives.spread_over
         values = {**reference_values(self._estimator, chance_accuracy=1 / space.num_classes), **(reference or {})}
@@ -164,10 +166,6 @@ class LowSearchSampler(BaseSampler):
         self._reference = self.objectives.costs({metric: np.array([values[metric]]) for metric in self.objectives.metrics})[0]
         self._axis_end = float(self._axis.cost(np.array(values[self._axis.metric])))
         self._distributions: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.choices) - 1) for g in space.genes}
-
-    @property
-    def _limits_accuracy(self) -> bool:
-        return any(limit.metric == ACCURACY_KEY for limit in self.limits)
 
     @property
     def directions(self) -> list[Direction]:
@@ -268,7 +266,7 @@ class LowSearchSampler(BaseSampler):
         pending = feasible & np.array([t.state in (TrialState.RUNNING, TrialState.WAITING) for t in held], dtype=bool)
         if pending.any():
             estimates = estimator.estimate(seen[pending], accuracy)
-            counts = np.ones(pending.sum(), dtype=bool) if ACCURACY_KEY in self.objectives.metrics else self._likely(estimates)
+            counts = chance_within(estimates, self._accuracy_limits) >= 0.5
             costs, std = np.vstack([costs, self._costs(estimates)[counts]]), np.append(std, self._std(estimates)[counts])
         return costs, std
 
@@ -276,22 +274,18 @@ class LowSearchSampler(BaseSampler):
         """Whether each trial (n,) breaks no constraint that was set on it (Optuna's are broken above 0), nor a limit on its accuracy.
 
         Its accuracy is what the model's `posterior` knows of it now; without one, what the study said when the trial ended, or else the
-        prediction. Where accuracy is an objective, the reference point is at its limit: beyond it nothing is gained anyway.
+        prediction.
         """
         feasible = np.array([all(v <= 0 for name, v in t.constraints.items() if name != ACCURACY_LIMIT) for t in held], dtype=bool)
-        if not len(held) or not self._limits_accuracy or ACCURACY_KEY in self.objectives.metrics:
+        if not len(held) or not self._accuracy_limits:
             return feasible
-
-        def excess_of(mean: np.ndarray) -> np.ndarray:
-            return np.max([limit.excess(mean) for limit in self.limits if limit.metric == ACCURACY_KEY], axis=0)
-
         broken = np.array([t.constraints.get(ACCURACY_LIMIT, np.nan) for t in held])
         posterior: Posterior | None = getattr(accuracy, "posterior", None)
         if posterior is not None:
-            now = excess_of(posterior(seen)[0])
+            now = accuracy_excess(self._accuracy_limits, posterior(seen)[0])
             broken = np.where(np.isnan(now), broken, now)
         elif accuracy is not None:
-            broken = np.where(np.isnan(broken), excess_of(accuracy.predict(seen)[0]), broken)
+            broken = np.where(np.isnan(broken), accuracy_excess(self._accuracy_limits, accuracy.predict(seen)[0]), broken)
         return feasible & ~(broken > 0)  # Of what nothing is known, nothing is broken.
 
     def _constraint_models(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> dict[str, TrialSurrogate]:
@@ -319,7 +313,7 @@ class LowSearchSampler(BaseSampler):
         return self._estimator.on_device(latency.labels[number // 2 % len(latency.labels)])
 
     def _newest_accuracy(self, held: Sequence[FrozenTrial], seen: np.ndarray) -> AccuracyModel | None:
-        if ACCURACY_KEY not in self.objectives.metrics and not self._limits_accuracy:
+        if ACCURACY_KEY not in self.objectives.metrics and not self._accuracy_limits:
             return None
         if self._accuracy is not None:
             return self._accuracy if hasattr(self._accuracy, "predict") else self._accuracy()  # type: ignore[operator, return-value]
@@ -337,10 +331,6 @@ class LowSearchSampler(BaseSampler):
         """Standard deviation (n,) of the first cost."""
         exact = np.zeros(len(estimates.mean["macs"]))
         return estimates.std[ACCURACY_KEY] if self.objectives.metrics[0] == ACCURACY_KEY else exact
-
-    def _likely(self, estimates: Estimates) -> np.ndarray:
-        """Whether networks are more likely than not within the limits on accuracy, (n,)."""
-        return chance_within(estimates, [limit for limit in self.limits if limit.metric == ACCURACY_KEY]) >= 0.5
 
     def _slices(self, estimates: Estimates) -> np.ndarray:
         """Slice (n,) of latency, or of what else networks are spread over, that each falls into; 0 holds the fastest decade."""
@@ -512,10 +502,8 @@ class _Judge:
         return _Pool(genomes, gain, worth, broken, costs[:, 0] - 2 * std, slices, std)
 
     def _chance(self, genomes: np.ndarray, estimates: Estimates) -> np.ndarray:
-        """Probability (n,) that a network keeps what only its training tells. An accuracy that is an objective needs none: below its limit
-        it gains nothing."""
-        limits = [x for x in self.sampler.limits if x.metric == ACCURACY_KEY and ACCURACY_KEY not in self.sampler.objectives.metrics]
-        chance = chance_within(estimates, limits)
+        """Probability (n,) that a network keeps what only its training tells."""
+        chance = chance_within(estimates, self.sampler._accuracy_limits)
         for model in self.constraints.values():
             chance = chance * probability_at_most(0.0, *model.predict(genomes))
         return chance
@@ -568,7 +556,7 @@ def gene_indices(genome: Sequence[int] | np.ndarray, space: SearchSpace) -> dict
 def accuracy_constraint(limits: Sequence[Limit], accuracy: float) -> dict[str, float]:
     """The constraint, by its name, that a trial of this `accuracy` is given; none where `limits` hold none on it."""
     limited = any(limit.metric == ACCURACY_KEY for limit in limits)
-    return {ACCURACY_LIMIT: accuracy_excess(limits, accuracy)} if limited else {}
+    return {ACCURACY_LIMIT: float(accuracy_excess(limits, np.array(accuracy)))} if limited else {}
 
 
 def _but(trial: FrozenTrial, study: Study) -> list[FrozenTrial]:

@@ -34,6 +34,8 @@ class Task:
 
     space: SearchSpace
     estimator: Estimator
+    prediction: Estimator
+    """As `estimator`, unmoved by what is measured while the study runs."""
     accuracy: AccuracySource
     objectives: Objectives
     limits: Sequence[Limit]
@@ -43,8 +45,6 @@ class Task:
     """Genomes (n, n_genes) -> whether each keeps the limits and is new to the study, (n,)."""
     start: int = 0
     """How many networks of a diverse start are trained to the end whatever they promise."""
-    prediction: Estimator | None = None
-    """As `estimator`, unmoved by what is measured while the study runs; None where nothing is."""
 
 
 def _ours(task: Task) -> BaseSampler:
@@ -79,9 +79,7 @@ SAMPLERS: dict[str, Callable[[Task], BaseSampler]] = {
         lambda seed: GaussianProcessSampler(task.space, task.acceptable, seed=seed), task.space, seed=task.seed, accept=task.acceptable
     ),
     "random": lambda task: UniformSampler(task.space, task.acceptable, seed=task.seed),
-    "exhaustive": lambda task: ExhaustiveSampler(
-        all_to_try(task.prediction or task.estimator, task.limits), task.space, task.acceptable, seed=task.seed
-    ),
+    "exhaustive": lambda task: ExhaustiveSampler(all_to_try(task.prediction, task.limits), task.space, task.acceptable, seed=task.seed),
 }
 
 

@@ -24,7 +24,7 @@ from lowsearch.arch import Arch
 from lowsearch.errors import StudyError
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.objectives import LATENCY_METRICS, Limit, Metric
+from lowsearch.search.objectives import Metric, accuracy_excess
 from lowsearch.study.outputs import accuracy_columns, decode, device_columns, device_values, write_csv
 from lowsearch.study.parts import FinalScore, Parts, Progress
 from lowsearch.study.settings import StudySettings
@@ -278,7 +278,8 @@ def write_finals(
             row |= {"weights": f"models/{f.arch_id}/model.safetensors", "estimated_accuracy": f.estimated_accuracy}
         elif not math.isnan(f.estimated_accuracy):
             row |= accuracy_columns(settings, f.estimated_accuracy, f.accuracy_std)
-        rows.append(row | {"breaks": ", ".join(map(str, _broken_by(settings, row)))})
+        on_accuracy = [limit for limit in settings.limits if accuracy_excess([limit], row.get("val_accuracy", math.nan)) > 0]
+        rows.append(row | {"breaks": ", ".join(map(str, [*on_accuracy, *broken_limits(settings, found)]))})
     for row in rows:
         row["on_front"] = False
     keeping = [row for row in rows if not row["breaks"]]
@@ -326,24 +327,11 @@ def _seed_spread(plan: FinalPlan, scores: Mapping[str, Sequence[FinalScore]]) ->
     return float(np.sqrt(np.mean(differences**2) / 2)), f", and spread between seeds from {len(pairs)} family members trained twice"
 
 
-def _broken_by(settings: StudySettings, row: Mapping[str, Any]) -> list[Limit]:
-    """The limits that a finalist breaks by its final trainings and, where it was measured, by that; the hand-made family's members may.
-
-    On a device where nothing was measured, a network keeps its limit by the prediction at the limit's confidence, or is no finalist.
-    """
-    limits = [limit for limit in settings.limits if limit.metric not in LATENCY_METRICS or limit in settings.measured_limits]
-    return [limit for limit in limits if limit.excess(np.array(_value(row, limit.metric))) > 0]  # A NaN, of what is not known, breaks none.
-
-
 def what_broke(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line on the limits that finalists broke, by the rows of finalists.csv; empty where all kept them."""
     broken = Counter(limit for row in rows for limit in row["breaks"].split(", ") if limit)
     listed = ", ".join(f"{limit} ({n} of {len(rows)})" for limit, n in broken.items())
     return f"finalists that broke a limit in their final training and measurement are not on the front: {listed}" if listed else ""
-
-
-def _value(row: Mapping[str, Any], metric: Metric) -> float:
-    return float(row.get("val_accuracy" if metric == "accuracy" else metric, math.nan))
 
 
 def _on_front(settings: StudySettings, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -20,8 +20,8 @@ from lowsearch import cost
 from lowsearch.arch import Arch
 from lowsearch.files import write_atomically
 from lowsearch.search import pareto
-from lowsearch.search.estimates import AccuracyModel, Estimates, Estimator, accuracy_excess, excess
-from lowsearch.search.objectives import Metric
+from lowsearch.search.estimates import AccuracyModel, Estimates, Estimator, excess
+from lowsearch.search.objectives import Metric, accuracy_excess
 from lowsearch.space import SearchSpace
 from lowsearch.study.parts import Parts
 from lowsearch.study.settings import StudySettings
@@ -140,7 +140,7 @@ class StudyFiles:
         if not scored:
             return []
         costs = candidate_costs(self._settings, [c for c, _ in scored], [r for _, r in scored])
-        keeps = np.array([accuracy_excess(self._settings.limits, c.accuracy) <= 0 for c, _ in scored], dtype=bool)
+        keeps = accuracy_excess(self._settings.limits, np.array([c.accuracy for c, _ in scored])) <= 0
         return [
             {
                 "elapsed_s": c.elapsed_s,
@@ -175,7 +175,8 @@ def keeps_limits(settings: StudySettings, estimator: Estimator, found: Sequence[
     estimates = estimator.estimate(np.stack([c.genome for c in found])) if found else None
     if estimates is None:
         return np.zeros(0, dtype=bool)
-    return (excess(estimates, settings.limits) == 0) & [accuracy_excess(settings.limits, c.accuracy) <= 0 for c in found]
+    keeps_accuracy = accuracy_excess(settings.limits, np.array([c.accuracy for c in found])) <= 0
+    return (excess(estimates, settings.limits) == 0) & keeps_accuracy
 
 
 @cache
