@@ -300,10 +300,13 @@ def joined_and_killed(folder, settings, after_the_kill=lambda: None):
     asked = {"trials": settings.trials, "workers": 1, "sampler": settings.sampler, "storage": settings.storage}
     run = start("run", folder, json.dumps(asked), **slow)
     wait_for(lambda: holders(folder, settings), run)
-    there = start("join", folder, 2, **slow)
-    wait_for(lambda: holders(folder, settings) - {""}, run, there)
-    os.killpg(there.pid, signal.SIGKILL)
-    there.communicate()
+    held = False
+    while not held:  # What a joined worker held when it was looked at, it may have finished before it was killed.
+        there = start("join", folder, 2, **slow)
+        wait_for(lambda: holders(folder, settings) - {""}, run, there)
+        os.killpg(there.pid, signal.SIGKILL)
+        there.communicate()
+        held = bool(holders(folder, settings) - {""})
     after_the_kill()
     _, said = ended(run)
     assert "handed back after the silence of their workers" in said
