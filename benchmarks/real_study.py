@@ -296,8 +296,10 @@ class Contest:
 
     @property
     def trainings(self) -> list[tuple[dict[str, Any], int]]:
-        """Every network with the first seed, then with the second, and so on."""
-        return [(network, seed) for seed in self.seeds for network in self.networks]
+        """Every network of ours with the first seed, then with the second, and so on; then timm's likewise, beside the claim."""
+        ours = [network for network in self.networks if network["origin"] != "timm"]
+        beside = [network for network in self.networks if network["origin"] == "timm"]
+        return [(network, seed) for networks in (ours, beside) for seed in self.seeds for network in networks]
 
 
 def key_of(network: Network) -> str:
