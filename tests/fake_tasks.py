@@ -26,6 +26,8 @@ def process_id(shared):
 
 def misbehave(folder, arch_id):
     """As the files in the study's folder say."""
+    while (folder / "hold").exists():
+        time.sleep(0.02)
     for name in ("crash-on", "crash-once"):
         path = folder / name
         if path.exists() and arch_id in path.read_text().split():

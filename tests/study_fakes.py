@@ -3,7 +3,7 @@
 As a script it is all sides: `study_fakes.py worker FOLDER NAME JOB ...`, `study_fakes.py run FOLDER SETTINGS_JSON` and
 `study_fakes.py join FOLDER WORKERS`.
 Files in the study's folder make it misbehave: `crash-on` (arch_ids, one a line, whose training kills the process), `crash-once`
-(the same, but only the first time), `mistake` (raises a user error).
+(the same, but only the first time), `mistake` (raises a user error), `hold` (every training waits until it is gone).
 """
 
 from __future__ import annotations

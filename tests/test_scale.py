@@ -263,12 +263,27 @@ def test_a_search_on_a_database_that_fails_again_and_again_loses_nothing(tmp_pat
 # Joined workers
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def start(*arguments, step_s=0.0, beat_and_lease_s="10 90"):
     env = {**os.environ, "FAKE_STEP_S": str(step_s), "FAKE_BEAT_AND_LEASE_S": beat_and_lease_s}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, fakes.__file__, *map(str, arguments)],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def wait_for(condition, *processes, limit_s=120):
@@ -296,17 +311,17 @@ def holders(folder, settings):
 
 def joined_and_killed(folder, settings, after_the_kill=lambda: None):
     """A run of one worker that two workers join; the joined ones are killed with their supervisor while they train."""
-    slow = {"step_s": 0.4, "beat_and_lease_s": "0.5 5"}
+    folder.mkdir()
+    (folder / "hold").touch()  # Nobody ends a training, however slow the others are to start.
     asked = {"trials": settings.trials, "workers": 1, "sampler": settings.sampler, "storage": settings.storage}
-    run = start("run", folder, json.dumps(asked), **slow)
+    run = start("run", folder, json.dumps(asked), step_s=0.2, beat_and_lease_s="0.5 5")
     wait_for(lambda: holders(folder, settings), run)
-    held = False
-    while not held:  # What a joined worker held when it was looked at, it may have finished before it was killed.
-        there = start("join", folder, 2, **slow)
-        wait_for(lambda: holders(folder, settings) - {""}, run, there)
-        os.killpg(there.pid, signal.SIGKILL)
-        there.communicate()
-        held = bool(holders(folder, settings) - {""})
+    there = start("join", folder, 2, beat_and_lease_s="0.5 5")
+    wait_for(lambda: holders(folder, settings) - {""}, run, there)
+    os.killpg(there.pid, signal.SIGKILL)
+    there.communicate()
+    assert holders(folder, settings) - {""}
+    (folder / "hold").unlink()
     after_the_kill()
     _, said = ended(run)
     assert "handed back after the silence of their workers" in said

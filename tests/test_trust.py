@@ -168,11 +168,20 @@ def test_workers_train_the_set_side_by_side_and_to_the_same_end(study: Path, mon
     settings["settings"]["workers"] = 3
     (study / "study.yaml").write_text(yaml.safe_dump(settings))
     (study / "crash-once").write_text(alone.networks[2]["arch_id"])  # Kills the process that trains it.
-    monkeypatch.setenv("FAKE_STEP_S", "0.4")
+    (study / "hold").touch()
     heard: list[tuple[int, int, str]] = []
-    together = examine(study, n_networks=6, progress=lambda *what: heard.append(what))
+
+    def trained_by() -> list[str]:
+        return (study / "trained-by.log").read_text().split() if (study / "trained-by.log").exists() else []
+
+    def progress(*what: Any) -> None:
+        heard.append(what)
+        if len(set(trained_by())) > 1:
+            (study / "hold").unlink(missing_ok=True)
+
+    together = examine(study, n_networks=6, progress=progress)
     assert together == alone and not list(study.glob(".held-out-*.lock"))
-    processes = (study / "trained-by.log").read_text().split()
+    processes = trained_by()
     assert len(processes) == 7 and len(set(processes)) > 1 and str(os.getpid()) not in processes  # One of them twice.
     assert any("of 6 done" in label for _, _, label in heard)
 
