@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# Before anything loads NumPy or PyTorch. On one thread trainings are the same bit for bit, and test processes side by side do not fight
+# for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from lowsearch import locations
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> None:
-    """On one thread trainings are the same bit for bit, and several test processes share the cores."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -39,10 +39,7 @@ EVERYTHING = Recipe(
 )  # fmt: skip
 """Eight steps with all that is drawn for a batch and its images; 22 are 11 pairs, 6 for one process and 5 for the other."""
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 DIES_AT = 9
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Part(Ranks):
@@ -128,7 +125,7 @@ def test_two_processes_train_what_one_trains_and_go_on_for_each_other(tmp_path: 
     images = few_images(train=88, val=600, test=50)
     alone = train(SMALL, images, EVERYTHING, seed=3)
     train(SMALL, images, EVERYTHING, seed=3, until=0.5, checkpoint=tmp_path / "alone.safetensors")
-    done = subprocess.run([*LAUNCH, __file__, str(tmp_path)], capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    done = subprocess.run([*LAUNCH, __file__, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "trained" / "metrics.json").read_text())
     assert json.loads(done.stdout) == {**metrics, "folder": str(tmp_path / "trained")}, "one of them tells"
@@ -158,7 +155,7 @@ def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_r
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    meeting = {**ONE_THREAD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    meeting = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, *arguments(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -212,7 +209,6 @@ def _dies_in_company() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     if len(sys.argv) == 2:
         trained_together(Path(sys.argv[1]))
     else:

@@ -21,11 +21,6 @@ from lowsearch.train.checkpoint import save_tensors
 N_GENOMES = 200
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def space() -> SearchSpace:
     return SearchSpace.load("lowformer-micro")

@@ -24,11 +24,6 @@ from lowsearch.presets import preset
 from lowsearch.train import train
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def network(*, width: int = 8, late: dict[str, Any] | None = None, early: dict[str, Any] | None = None) -> Arch:
     """Stages of `width`, `width`, 16 x `width`, 16 x `width` channels; `early` shapes the first two, `late` the others."""
     shape: dict[str, Any] = {"depth": 2, "mlp_ratio": 2, "down_expansion": 2, "expansion": 2, **(late or {})}

@@ -27,8 +27,6 @@ ARCH = Arch(
     resolution_px=32, stem=Stem(width=4), stages=(Stage(width=8, down_expansion=2),) * 4, head_widths=(16, 16), num_classes=10  # pyright: ignore[reportArgumentType]
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:

@@ -42,7 +42,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_installed(installed: Path, away: Path, *command: str) -> str:
     """Standard output of a Python `command` that sees the installed wheel before the checkout, started `away` from both."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "LOWSEARCH_HOME": str(away / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(installed), "LOWSEARCH_HOME": str(away / "home")}
     done = subprocess.run([sys.executable, *command], cwd=away, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

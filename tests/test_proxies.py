@@ -20,11 +20,6 @@ from lowsearch.space import SearchSpace
 SPACE = SearchSpace.load("lowformer-micro").with_num_classes(10)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def batch() -> Split:
     return load_data("fashion-mnist-mini").train.take(np.arange(16))

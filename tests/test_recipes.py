@@ -38,8 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 PLAIN = Recipe(name="plain", epochs=1, train_images=96, batch_size=24, flip=False, shift=0.0)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:

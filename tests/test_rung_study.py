@@ -29,8 +29,6 @@ BRIEF = Recipe(name="brief", epochs=2, train_images=96, batch_size=24, evaluate_
 RUNGS = "1@0.5px,0.5,1"
 SETTINGS: dict[str, Any] = {"trials": 5, "workers": 1, "rungs": RUNGS}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:

@@ -71,8 +71,6 @@ head_widths: [[16, 16], [32, 16]]
 BRIEF = Recipe(name="brief", epochs=1, train_images=96, batch_size=16, learning_rate=2e-3)
 STEPS = 6
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
@@ -203,7 +201,6 @@ import numpy as np, torch
 from lowsearch.data import load_data
 from lowsearch.train.distributed import launched_ranks
 from lowsearch.train.supernet import SupernetPlan, train_supernet
-torch.set_num_threads(1)
 data = load_data("fashion-mnist-mini")
 data = dataclasses.replace(data, **{k: getattr(data, k).take(np.arange(n)) for k, n in (("train", 1500), ("val", 500), ("test", 20))})
 plan = SupernetPlan.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
@@ -240,7 +237,7 @@ def test_two_processes_train_what_the_sum_of_their_gradients_says(images: ImageD
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "script.py"), str(tmp_path / "plan.json"), str(folder)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -278,7 +275,6 @@ import contextlib, os, pathlib, sys
 import torch
 from lowsearch import cli
 from lowsearch.train import distributed, supernet
-torch.set_num_threads(1)
 with distributed.launched_ranks("cpu") as ranks:
     os.chdir(pathlib.Path(sys.argv[1]) / str(ranks.rank))
     distributed.launched_ranks = lambda device: contextlib.nullcontext(ranks)
@@ -309,7 +305,7 @@ def test_processes_without_a_shared_folder_go_by_what_the_first_one_has(images: 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LOWSEARCH_HOME": str(tmp_path / "home")},
+        env={**os.environ, "LOWSEARCH_HOME": str(tmp_path / "home")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / str(rank) / "found.pt", weights_only=True) for rank in (0, 1))

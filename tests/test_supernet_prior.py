@@ -28,8 +28,6 @@ from lowsearch.study.settings import StudySettings
 TESTS = Path(__file__).parent
 MICRO = SearchSpace.load("lowformer-micro").with_num_classes(10)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def loss_of(arch) -> float:
     """Falls with log MACs, less and less, and rises with depth."""
