@@ -314,7 +314,7 @@ def joined_and_killed(folder, settings, after_the_kill=lambda: None):
     folder.mkdir()
     (folder / "hold").touch()  # Nobody ends a training, however slow the others are to start.
     asked = {"trials": settings.trials, "workers": 1, "sampler": settings.sampler, "storage": settings.storage}
-    run = start("run", folder, json.dumps(asked), step_s=0.2, beat_and_lease_s="0.5 5")
+    run = start("run", folder, json.dumps(asked), step_s=0.05, beat_and_lease_s="0.5 5")
     wait_for(lambda: holders(folder, settings), run)
     there = start("join", folder, 2, beat_and_lease_s="0.5 5")
     wait_for(lambda: holders(folder, settings) - {""}, run, there)
