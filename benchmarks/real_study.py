@@ -5,7 +5,8 @@
 
 1. For every study seed one `lowsearch run` (micro space, ONNX Runtime, two workers), `--minutes` of search each.
 2. Of every front up to `--points` proposals, all hand-made members, and networks of timm in the same size class are measured in fresh
-   processes, interleaved, on the machine that was searched for, while nothing is trained.
+   processes, interleaved, on the machine that was searched for, while nothing is trained: twice before the trainings, twice after them.
+   Disturbed sets are left out (`joined`).
 3. All of them go through one final recipe, that of the study, with the same `--seeds` fresh seeds; train images teach, test images are read
    once a training. timm's networks are trained by the same engine, from random weights; NAME@PX says the resolution, to which images are
    resized as they are for ours. Accuracies are of no machine, so the trainings may go on elsewhere: `--contest` with contest.json,
@@ -61,7 +62,7 @@ from lowsearch.files import write_atomically
 from lowsearch.latency.compare import EFFORT
 from lowsearch.latency.machine import load_average
 from lowsearch.latency.measure import Effort, time_until_tight
-from lowsearch.latency.pace import hot_samples
+from lowsearch.latency.pace import hot_samples, pace_since
 from lowsearch.latency.target import require_attached, resolve_target
 from lowsearch.latency.timing import Network, TimmNetwork, latency_ms, standard_error_ms
 from lowsearch.space import SearchSpace
@@ -74,6 +75,9 @@ SEED_STREAM = 2_000_003
 """Keeps the contest's seeds apart from those of the studies and of their own finals."""
 FASTER, BETTER_POINTS, MARGIN_POINTS = 1.3, 1.0, 0.5
 RUNTIME = "onnxruntime"
+SETS = 2
+"""Measurements of all networks before the trainings, and again after them."""
+DISTURBED = 1.1
 TIMM = ("lcnet_050@64", "mobilenetv3_small_050@64", "mobilenetv4_conv_small_050@64", "starnet_s050@64", "efficientvit_b0@64")
 """0.4 to 2.1 M params and 2 to 9 M MACs with ten classes. Their stems and strides are as timm has them: 64 px leave them a last map of
 2x2, as 32 px leave the hand-made family; of 32 px one pixel would be left."""
@@ -132,8 +136,9 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> None:
             search(arguments, folder, seed, data=data_name, space=space_name)
         contest = Contest.between(arguments, folder, timm, counts, data, data_name, space_name, spec, schedule)
         contest.save(folder)
-        measure(folder, contest)
+        measure(folder, contest, sets=SETS)
         train_all(folder, contest, schedule, workers=arguments.workers)
+        measure(folder, contest, sets=2 * SETS)
 
 
 def go_on(folder: Path, *, workers: int) -> None:
@@ -272,7 +277,7 @@ class Contest:
                 arch = Arch.from_json((home / "models" / point["arch_id"] / "arch.json").read_text(encoding="utf-8"))
                 row = networks.setdefault(arch.arch_id, _row(arch, cost.count(arch), origin="proposed", name=arch.arch_id))
                 row["studies"].append(seed)
-            studies.append(_facts_of(home, seed, arguments.workers, front, points))
+            studies.append(_facts_of(home, seed, arguments.workers, front, points, members))
         for network in timm:
             networks[key_of(network)] = _row(network, counts[key_of(network)], origin="timm", name=network.name)
         seeds = [int(np.random.default_rng([SEED_STREAM, k]).integers(2**31)) for k in range(arguments.seeds)]
@@ -320,12 +325,20 @@ def _row(network: Network, counted: cost.Cost, *, origin: str, name: str) -> dic
     }  # fmt: skip
 
 
-def _facts_of(study: Path, seed: int, workers: int, front: Sequence[Any], points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _facts_of(
+    study: Path,
+    seed: int,
+    workers: int,
+    front: Sequence[Any],
+    points: Sequence[Mapping[str, Any]],
+    members: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     summary = json.loads((study / "summary.json").read_text(encoding="utf-8"))
     return {
         "seed": seed, "scored": summary["scored"], "spent_s": {phase: round(s, 1) for phase, s in summary["spent_s"].items()},
         "cpu_minutes_at_most": round(workers * sum(summary["spent_s"].values()) / 60, 1), "proposals_on_front": len(front),
         "points": [{name: point[name] for name in ("arch_id", "val_accuracy", "latency_ms")} for point in points],
+        "measured_ms": {row["arch_id"]: row["latency_ms"] for row in (*points, *members)},
     }  # fmt: skip
 
 
@@ -478,29 +491,69 @@ def _end_with_parent() -> None:
 # Measuring -------------------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, contest: Contest, *, effort: Effort = EFFORT) -> None:
-    """Latency of all networks, interleaved in fresh processes; what the runtime cannot execute is left out. Once for a set of networks."""
+def measure(folder: Path, contest: Contest, *, sets: int, effort: Effort = EFFORT) -> None:
+    """Latency of all networks, interleaved in fresh processes, until there are so many sets; what the runtime cannot execute is left out.
+
+    A set is a whole measurement. Another choice of networks begins anew.
+    """
     path = folder / LATENCIES
     keys = sorted(row["key"] for row in contest.networks)
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["asked"] == keys:
-        return
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if stored.get("asked") != keys or "sets" not in stored:
+        stored = {"asked": keys, "sets": []}
     target = resolve_target("cpu", RUNTIME)
     device = require_attached(target)
     networks = {row["key"]: network_of(row) for row in contest.networks}
-    load = load_average()
-    _say(f"measuring {len(networks)} networks on {target}")
-    timings = time_until_tight(list(networks.values()), target, effort, device)
-    samples = hot_samples(timings)
-    found = {
-        key: {
-            "latency_ms": latency_ms(*samples[network]), "latency_std_ms": standard_error_ms(*samples[network]),
-            "wall_over_cpu": round(max(timing.wall_over_cpu for timing in timings[network]), 3),
-        }
-        for key, network in networks.items()
-        if network in samples
-    }  # fmt: skip
-    context = {"device": target.device, "target": str(target), "load_average_before": load, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
-    write_atomically(path, json.dumps({"asked": keys, "context": context, "networks": found}, indent=1) + "\n")
+    while len(stored["sets"]) < sets:
+        number, load = len(stored["sets"]), load_average()
+        _say(f"measuring {len(networks)} networks on {target}, set {number + 1}")
+        timings = time_until_tight(list(networks.values()), target, effort, device, seed=100 * number)
+        samples = hot_samples(timings)
+        found = {
+            key: {
+                "latency_ms": latency_ms(*samples[network]), "latency_std_ms": standard_error_ms(*samples[network]),
+                "wall_over_cpu": round(max(timing.wall_over_cpu for timing in timings[network]), 3),
+            }
+            for key, network in networks.items()
+            if network in samples
+        }  # fmt: skip
+        stored["context"] = {"device": target.device, "target": str(target), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+        stored["sets"].append({"at": datetime.now(UTC).isoformat(timespec="seconds"), "load_average_before": load, "networks": found})
+        write_atomically(path, json.dumps(stored, indent=1) + "\n")
+
+
+def joined(sets: Sequence[Mapping[str, Mapping[str, float]]]) -> tuple[dict[str, dict[str, float]], list[float]]:
+    """({network: its latency over all quiet sets}, how many times slower each set was than the quietest).
+
+    A neighbour on the host may slow a set down from its beginning to its end, small networks more than large ones, and nothing inside of
+    the set tells. So a set whose median network took more than DISTURBED times as long as in the quietest one does not count. The standard
+    error of a network is that of its own sets or that between sets, pooled over networks, whichever is larger.
+    """
+    keys = [key for key in sets[0] if all(key in found for found in sets)]
+    log_ms = np.log([[found[key]["latency_ms"] for key in keys] for found in sets])
+    log_pace = np.median(log_ms - np.median(log_ms, axis=0), axis=1)
+    log_pace -= log_pace.min()
+    quiet = np.flatnonzero(log_pace <= math.log(DISTURBED))
+    at_one_pace = (log_ms - log_pace[:, None])[quiet]
+    between = float(np.mean(np.var(at_one_pace, axis=0, ddof=1))) if len(quiet) > 1 else 0.0
+    latencies = {}
+    for i, key in enumerate(keys):
+        own = float(np.mean([(sets[s][key]["latency_std_ms"] / sets[s][key]["latency_ms"]) ** 2 for s in quiet]))
+        ms = math.exp(at_one_pace[:, i].mean() + log_pace[quiet].mean())
+        latencies[key] = {
+            "latency_ms": ms, "latency_std_ms": ms * math.sqrt(max(own, between) / len(quiet)),
+            "wall_over_cpu": max(sets[s][key]["wall_over_cpu"] for s in quiet),
+        }  # fmt: skip
+    return latencies, [round(math.exp(pace), 3) for pace in log_pace]
+
+
+def paces_since(studies: Sequence[Mapping[str, Any]], latencies: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """For every study, how many times longer its finalists took here than when it measured them itself: the median."""
+    found = {}
+    for study in studies:
+        both = [(latencies[key]["latency_ms"], ms) for key, ms in study["measured_ms"].items() if key in latencies]
+        found[str(study["seed"])] = round(pace_since(*zip(*both, strict=True)), 3)
+    return found
 
 
 # The verdict -----------------------------------------------------------------------------------------------------------
@@ -584,11 +637,12 @@ def report(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise StudyError(f"{folder} holds no latencies yet", hint="run the same command without --report")
     measured = json.loads(path.read_text(encoding="utf-8"))
+    latencies, set_paces = joined([found["networks"] for found in measured["sets"]])
     trainings = _done(folder, contest)
     rows = []
     for row in contest.networks:
         found = [trainings[p] for seed in contest.seeds if (p := training_path(folder, row["key"], seed)) in trainings]
-        latency = measured["networks"].get(row["key"])
+        latency = latencies.get(row["key"])
         if len(found) < 2 or latency is None:
             _say(f"left out: {row['key']}, {len(found)} trainings, latency {'known' if latency else 'not known'}")
             continue
@@ -604,6 +658,11 @@ def report(folder: Path) -> dict[str, Any]:
     return {
         "claim": "proposed points dominate every hand-made member on real images, one final recipe for all, fresh seeds",
         "command": contest.command, "context": _context(measured["context"]),
+        "latency_sets": [
+            {"at": found["at"], "load_average_before": found["load_average_before"], "times_slower_than_quietest": pace}
+            for found, pace in zip(measured["sets"], set_paces, strict=True)
+        ],
+        "pace_since_studies": paces_since(contest.studies, latencies),
         "data": _without_path(contest.data), "data_hash": contest.data_hash, "images": contest.images,
         "space": _without_path(contest.space), "recipe": recipe(contest.recipe).to_dict(), "recipe_hash": contest.recipe_hash,
         "seeds": len(contest.seeds),
@@ -681,9 +740,15 @@ def show(result: Mapping[str, Any]) -> None:
             for v in [*result["verdicts"], *result["beside_timm"]]
         ],
     )  # fmt: skip
+    print(
+        f"sets of latencies, times slower than the quietest: {', '.join(str(x['times_slower_than_quietest']) for x in result['latency_sets'])}"
+    )
     for study in result["studies"]:
         seed, minutes = str(study["seed"]), study["cpu_minutes_at_most"]
-        print(f"study {seed}: {result['dominated_by_study'][seed]} of {result['members']} members dominated, at most {minutes} CPU-minutes")
+        print(
+            f"study {seed}: {result['dominated_by_study'][seed]} of {result['members']} members dominated, at most {minutes} CPU-minutes; "
+            f"networks took {result['pace_since_studies'][seed]:.2f} times what they had in it"
+        )
     print(f"every member dominated in every study: {'yes' if result['holds'] else 'no'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -64,6 +65,36 @@ def test_a_difference_is_of_means_over_seeds_and_its_speed_up_has_both_errors():
     found = real_study.difference(row(a, 2.0, 0.06), row(b, 4.0, 0.16), 0.0)
     assert (found.points, found.speedup) == pytest.approx((37.5, 2.0))
     assert found.speedup_se == pytest.approx(2.0 * 0.05)
+
+
+def latency_set(ms: dict[str, float], relative_std: float = 0.01) -> dict[str, dict[str, float]]:
+    return {key: {"latency_ms": value, "latency_std_ms": relative_std * value, "wall_over_cpu": 1.0} for key, value in ms.items()}
+
+
+def test_a_set_that_a_neighbour_slowed_down_does_not_count():
+    quiet, slower = {"a": 1.0, "b": 2.0, "c": 4.0, "d": 1.0}, {"a": 1.05, "b": 2.1, "c": 4.2, "d": 1.05}
+    disturbed = {"a": 1.5, "b": 2.6, "c": 4.8, "d": 1.5, "refused elsewhere": 1.0}
+    latencies, paces = real_study.joined([latency_set(found) for found in (disturbed, quiet, slower)])
+    assert paces == pytest.approx([1.4, 1.0, 1.05], abs=0.03)
+    assert set(latencies) == {"a", "b", "c", "d"}
+    for key, ms in quiet.items():  # Halfway between the two that count, and exactly as they are to each other.
+        assert latencies[key]["latency_ms"] == pytest.approx(ms * 1.05**0.5)
+        assert latencies[key]["latency_std_ms"] / latencies[key]["latency_ms"] == pytest.approx(0.01 / 2**0.5)
+
+
+def test_what_sets_disagree_by_is_part_of_the_error():
+    rng = np.random.default_rng(0)
+    truth = np.exp(rng.uniform(-2, 0, 40))
+    sets = [latency_set({str(i): ms * np.exp(0.05 * rng.normal()) for i, ms in enumerate(truth)}) for _ in range(4)]
+    latencies, _ = real_study.joined(sets)
+    log_ms = np.log([found["latency_ms"] for found in latencies.values()])
+    relative_std = np.array([found["latency_std_ms"] / found["latency_ms"] for found in latencies.values()])
+    assert np.std((log_ms - np.log(truth)) / relative_std) == pytest.approx(1.0, abs=0.3)
+
+
+def test_the_pace_since_a_study_is_that_of_its_finalists():
+    studies = [{"seed": 3, "measured_ms": {"a": 1.0, "b": 2.0, "c": 4.0, "gone": 1.0}}]
+    assert real_study.paces_since(studies, latency_set({"a": 1.3, "b": 2.6, "c": 4.0})) == {"3": 1.3}
 
 
 def test_the_standard_error_is_that_of_repeated_experiments():
@@ -229,6 +260,7 @@ def test_it_survives_kills_repeats_nothing_and_ends_with_a_verdict(tmp_path):
     judged = {(member, study) for member in ("tiny-plain", "tiny-deep") for study, points in chosen.items() if points}
     assert {(v["against"], v["study"]) for v in result["verdicts"]} == judged
     assert "/" not in result["data"] + result["space"] and str(tmp_path) not in json.dumps(result)
+    assert len(result["latency_sets"]) == 4 and set(result["pace_since_studies"]) == {"0", "1"}
     assert all(network["latency_ms"] > 0 and len(network["test_accuracies"]) == 2 for network in result["networks"])
 
     measured = (tmp_path / "work" / "latencies.json").stat().st_mtime_ns
