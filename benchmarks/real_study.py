@@ -740,9 +740,8 @@ def show(result: Mapping[str, Any]) -> None:
             for v in [*result["verdicts"], *result["beside_timm"]]
         ],
     )  # fmt: skip
-    print(
-        f"sets of latencies, times slower than the quietest: {', '.join(str(x['times_slower_than_quietest']) for x in result['latency_sets'])}"
-    )
+    paces = ", ".join(str(found["times_slower_than_quietest"]) for found in result["latency_sets"])
+    print(f"sets of latencies, times slower than the quietest: {paces}")
     for study in result["studies"]:
         seed, minutes = str(study["seed"]), study["cpu_minutes_at_most"]
         print(
