@@ -62,7 +62,7 @@ from lowsearch.files import write_atomically
 from lowsearch.latency.compare import EFFORT
 from lowsearch.latency.machine import load_average
 from lowsearch.latency.measure import Effort, time_until_tight
-from lowsearch.latency.pace import hot_samples, pace_since
+from lowsearch.latency.pace import DISTURBED, hot_samples, pace_since
 from lowsearch.latency.target import require_attached, resolve_target
 from lowsearch.latency.timing import Network, TimmNetwork, latency_ms, standard_error_ms
 from lowsearch.space import SearchSpace
@@ -77,7 +77,6 @@ FASTER, BETTER_POINTS, MARGIN_POINTS = 1.3, 1.0, 0.5
 RUNTIME = "onnxruntime"
 SETS = 2
 """Measurements of all networks before the trainings, and again after them."""
-DISTURBED = 1.1
 TIMM = ("lcnet_050@64", "mobilenetv3_small_050@64", "mobilenetv4_conv_small_050@64", "starnet_s050@64", "efficientvit_b0@64")
 """0.4 to 2.1 M params and 2 to 9 M MACs with ten classes. Their stems and strides are as timm has them: 64 px leave them a last map of
 2x2, as 32 px leave the hand-made family; of 32 px one pixel would be left."""

@@ -298,12 +298,40 @@ def test_a_network_that_measures_over_its_limit_on_energy_is_not_chosen():
 
 def test_networks_of_the_table_measured_again_tell_the_pace(tmp_path):
     genomes = SPACE.sample(5, rng=np.random.default_rng(3))
-    anchors = [(SPACE.decode(g), 1.03 * float(ms([SPACE.decode(g)])[0]) / 1.2) for g in genomes]  # The fakes measure 1.03 predictions.
+    anchors = [(SPACE.decode(g), 1.03 * float(ms([SPACE.decode(g)])[0]) / 1.05) for g in genomes]  # The fakes measure 1.03 predictions.
     archs = list(SPACE.family.values())
     found = measure(tmp_path, parts(tmp_path, anchors=anchors), archs, None)
-    assert found.pace == pytest.approx(1.2)
+    assert found.pace == pytest.approx(1.05)
     assert found.networks.keys() == {arch.arch_id for arch in archs}
     assert math.isnan(measure(tmp_path / "other", parts(tmp_path), archs, None).pace), "no network of the table, no pace"
+
+
+@pytest.mark.parametrize(
+    ("paces", "counts", "n_measured"),
+    [([1.02], 0, 1), ([1.3, 1.05, 1.0], 1, 2), ([1.4, 1.2, 1.3, 1.0], 1, 3)],
+    ids=["quiet", "disturbed once", "never quiet"],
+)
+def test_on_a_disturbed_machine_the_shortlist_is_measured_again(tmp_path, monkeypatch, paces, counts, n_measured):
+    pauses, tries, labels = [], [], []
+    monkeypatch.setattr("lowsearch.study.shortlist.time.sleep", pauses.append)
+
+    def measured(archs, progress):
+        progress(len(archs), len(archs), "networks")
+        slow = paces[len(tries)]
+        tries.append([slow * 1.03 * float(ms([arch])[0]) for arch in archs])
+        return [fakes.FakeMeasured(latency_ms, 0.001) for latency_ms in tries[-1]]
+
+    anchors = [(SPACE.decode(g), 1.03 * float(ms([SPACE.decode(g)])[0])) for g in SPACE.sample(5, rng=np.random.default_rng(3))]
+    archs = list(SPACE.family.values())
+    made = parts(tmp_path, anchors=anchors, measure=measured)
+    found = measure(tmp_path, made, archs, lambda *event: labels.append(event[2]))
+    assert found.pace == pytest.approx(paces[counts])
+    assert [found.networks[arch.arch_id].latency_ms for arch in archs] == pytest.approx(tries[counts][: len(archs)])
+    assert len(tries) == n_measured and pauses == [20.0] * (n_measured - 1)
+    assert labels[1:] == [
+        f"measure the shortlist again, the machine was {100 * (p - 1):.0f} % slower than usual" for p in paces[: n_measured - 1]
+    ]
+    assert measure(tmp_path, made, archs, None) == found and len(tries) == n_measured, "what was measured is kept"
 
 
 def test_who_is_chosen_goes_by_what_was_measured():

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import study_fakes as fakes
 
 from lowsearch import footprint
+from lowsearch.cli.found import print_summary
 from lowsearch.errors import DataError, NothingLeftError, StudyError, UsageError
 from lowsearch.report import tables
 from lowsearch.report.study_files import read_study
@@ -407,6 +409,21 @@ def test_running_a_finished_study_again_changes_nothing(finished):
     again = run(stored_settings(folder), folder, backend=fakes.backend())
     assert {name: (folder / name).read_bytes() for name in names} == before
     assert again.front == result.front
+
+
+def test_a_shortlist_measured_on_a_disturbed_machine_can_be_measured_anew_and_nothing_is_trained(finished, tmp_path, capsys):
+    folder, result, _ = finished
+    print_summary({**result.summary, "pace": 1.35})
+    assert "35 % slower when it measured the shortlist" in (said := capsys.readouterr().err) and "remove measurements.json" in said
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    measured = json.loads((copy / "measurements.json").read_text())
+    (copy / "measurements.json").unlink()
+    records = (copy / "records.jsonl").read_bytes()
+    again = run(stored_settings(copy), copy, backend=fakes.backend())
+    new = json.loads((copy / "measurements.json").read_text())
+    assert {row["arch_id"] for row in new["networks"]} <= {row["arch_id"] for row in measured["networks"]} and new["networks"]
+    assert again.front == result.front and (copy / "records.jsonl").read_bytes() == records
 
 
 @pytest.mark.parametrize("n_records_at_kill", [pytest.param(4, marks=pytest.mark.slow), 21])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowsearch.cli.output import percent, print_rows, tell
+from lowsearch.latency.pace import DISTURBED
 
 
 def print_front(study: Any, front: Sequence[Mapping[str, Any]]) -> None:
@@ -93,12 +94,21 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     pace = summary["pace"]
     if pace is not None and abs(pace - 1) >= 0.02:
         change = f"{100 * abs(pace - 1):.0f} % {'slower' if pace > 1 else 'faster'}"
-        tell(f"the machine was {change} when it measured the shortlist than when it measured the table")
+        tell(f"the machine was {change} when it measured the shortlist than when it measured the table{_what_then(pace)}")
     if summary["search_ended"]:
         tell(f"the search has ended early: {summary['search_ended']}")
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary["spent_s"].items())
     known = f", {summary['known']} of them in earlier studies" if summary.get("known") else ""
     tell(f"{summary['candidates']['complete']} networks scored{known}, {summary['finalists']} finalists ({spent})")
+
+
+def _what_then(pace: float) -> str:
+    if pace <= DISTURBED:
+        return ""
+    return (
+        ", and so it was whenever it was tried: small networks suffer more, so ratios may be off; hint: when it is quiet, remove "
+        "measurements.json from the study and run the same command again, which trains nothing anew"
+    )
 
 
 def _slower(regret: float | None) -> float | None:

@@ -20,6 +20,9 @@ _PRIOR_BLOCKS = 0.5
 MIN_ITEMS = 4
 """What fewer items than this tell of their step cannot be told from their own noise."""
 
+DISTURBED = 1.1
+"""A machine that takes longer than this many times its usual does not measure as usual: small networks slow down more than large ones."""
+
 StepKey = tuple[int, str]
 Samples = tuple[tuple[float, ...], ...]
 """A tuple for every process, in it a number for every round."""
