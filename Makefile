@@ -1,5 +1,5 @@
 # One verb each; every verb sets up .venv by itself and is quick when that is done. CI calls `make test`.
-#   make demo     search real networks on this machine: profile, search, train the front, write the page (about 15 minutes)
+#   make demo     search real networks on this machine: profile, search, train the front, write the page (11 to 19 minutes)
 #   make test     the tests that need no network, GPU or data       make check    lint, format, types
 #   make bench    the benchmark BENCH=FILE, or all (hours)          make report   write the page of STUDY again
 #   make clean    remove caches and build outputs; .venv and studies stay
