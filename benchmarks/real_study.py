@@ -276,7 +276,8 @@ class Contest:
                 arch = Arch.from_json((home / "models" / point["arch_id"] / "arch.json").read_text(encoding="utf-8"))
                 row = networks.setdefault(arch.arch_id, _row(arch, cost.count(arch), origin="proposed", name=arch.arch_id))
                 row["studies"].append(seed)
-            studies.append(_facts_of(home, seed, arguments.workers, front, points, members))
+            measured_ms = {row["arch_id"]: row["latency_ms"] for row in (*points, *members)}
+            studies.append(_facts_of(home, seed, arguments.workers, front, points) | {"measured_ms": measured_ms})
         for network in timm:
             networks[key_of(network)] = _row(network, counts[key_of(network)], origin="timm", name=network.name)
         seeds = [int(np.random.default_rng([SEED_STREAM, k]).integers(2**31)) for k in range(arguments.seeds)]
@@ -324,20 +325,12 @@ def _row(network: Network, counted: cost.Cost, *, origin: str, name: str) -> dic
     }  # fmt: skip
 
 
-def _facts_of(
-    study: Path,
-    seed: int,
-    workers: int,
-    front: Sequence[Any],
-    points: Sequence[Mapping[str, Any]],
-    members: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+def _facts_of(study: Path, seed: int, workers: int, front: Sequence[Any], points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summary = json.loads((study / "summary.json").read_text(encoding="utf-8"))
     return {
         "seed": seed, "scored": summary["scored"], "spent_s": {phase: round(s, 1) for phase, s in summary["spent_s"].items()},
         "cpu_minutes_at_most": round(workers * sum(summary["spent_s"].values()) / 60, 1), "proposals_on_front": len(front),
         "points": [{name: point[name] for name in ("arch_id", "val_accuracy", "latency_ms")} for point in points],
-        "measured_ms": {row["arch_id"]: row["latency_ms"] for row in (*points, *members)},
     }  # fmt: skip
 
 
@@ -524,8 +517,8 @@ def measure(folder: Path, contest: Contest, *, sets: int, effort: Effort = EFFOR
 def joined(sets: Sequence[Mapping[str, Mapping[str, float]]]) -> tuple[dict[str, dict[str, float]], list[float]]:
     """({network: its latency over all quiet sets}, how many times slower each set was than the quietest).
 
-    A neighbour on the host may slow a set down from its beginning to its end, small networks more than large ones, and nothing inside of
-    the set tells. So a set whose median network took more than DISTURBED times as long as in the quietest one does not count. The standard
+    A neighbour on the host may slow a set down from its beginning to its end, some networks more than others, and nothing inside of the
+    set tells. So a set whose median network took more than DISTURBED times as long as in the quietest one does not count. The standard
     error of a network is that of its own sets or that between sets, pooled over networks, whichever is larger.
     """
     keys = [key for key in sets[0] if all(key in found for found in sets)]
@@ -550,8 +543,8 @@ def paces_since(studies: Sequence[Mapping[str, Any]], latencies: Mapping[str, Ma
     """For every study, how many times longer its finalists took here than when it measured them itself: the median."""
     found = {}
     for study in studies:
-        both = [(latencies[key]["latency_ms"], ms) for key, ms in study["measured_ms"].items() if key in latencies]
-        found[str(study["seed"])] = round(pace_since(*zip(*both, strict=True)), 3)
+        then_ms = {key: ms for key, ms in study["measured_ms"].items() if key in latencies}
+        found[str(study["seed"])] = round(pace_since([latencies[key]["latency_ms"] for key in then_ms], list(then_ms.values())), 3)
     return found
 
 

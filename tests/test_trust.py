@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def test_workers_train_the_set_side_by_side_and_to_the_same_end(study: Path, mon
     (study / "study.yaml").write_text(yaml.safe_dump(settings))
     (study / "crash-once").write_text(alone.networks[2]["arch_id"])  # Kills the process that trains it.
     (study / "hold").touch()
+    deadline = time.monotonic() + 120
     heard: list[tuple[int, int, str]] = []
 
     def trained_by() -> list[str]:
@@ -176,7 +178,7 @@ def test_workers_train_the_set_side_by_side_and_to_the_same_end(study: Path, mon
 
     def progress(*what: Any) -> None:
         heard.append(what)
-        if len(set(trained_by())) > 1:
+        if len(set(trained_by())) > 1 or time.monotonic() > deadline:
             (study / "hold").unlink(missing_ok=True)
 
     together = examine(study, n_networks=6, progress=progress)

@@ -106,8 +106,8 @@ def _what_then(pace: float) -> str:
     if pace <= DISTURBED:
         return ""
     return (
-        ", and so it was whenever it was tried: small networks suffer more, so ratios may be off; hint: when it is quiet, remove "
-        "measurements.json from the study and run the same command again, which trains nothing anew"
+        ", and so it was whenever it was tried: some networks suffer more than others, so ratios may be off; hint: when it is quiet, "
+        "remove measurements.json from the study and run the same command again, which trains nothing anew"
     )
 
 

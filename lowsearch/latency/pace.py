@@ -21,7 +21,7 @@ MIN_ITEMS = 4
 """What fewer items than this tell of their step cannot be told from their own noise."""
 
 DISTURBED = 1.1
-"""A machine that takes longer than this many times its usual does not measure as usual: small networks slow down more than large ones."""
+"""A machine that takes longer than this many times its usual does not measure as usual: some networks slow down more than others."""
 
 StepKey = tuple[int, str]
 Samples = tuple[tuple[float, ...], ...]

@@ -154,7 +154,7 @@ def measure(folder: Path, parts: Parts, archs: Sequence[Arch], progress: Progres
     """Measure `archs` side by side and keep it, so that a resume does not measure again; nothing where the device is not attached.
 
     Some networks of the latency table are measured among them: how much slower they are now is the pace of the machine. A machine that
-    is slower than DISTURBED slows small networks down more than large ones, so then all are measured again, up to MAX_TRIES times.
+    is slower than DISTURBED slows some networks down more than others, so then all are measured again, up to MAX_TRIES times.
     """
     if parts.measure is None or not archs:
         return Measurements()
